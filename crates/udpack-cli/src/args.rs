@@ -12,12 +12,14 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use udpack::{CongestionControl, Fingerprint, Priority, TransportChoice};
-use udpack_transfer::{Delta, IfExists, Names, Overwrite, Pattern, SyncPolicy, names, parse_size};
+use udpack_transfer::{
+    Delta, IfExists, Limiter, Names, Overwrite, Pattern, SyncPolicy, names, parse_size,
+};
 
 use crate::via::Via;
 
 const SIZES: &str = "\
-SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G. RATE is a SIZE a second: 10M \
+SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G. RATE is a SIZE per second: 10M \
 for each direction, 10M:1M for up and down. DURATION is a number with s, m, h or d: 90s, 24h, 7d.";
 
 const PATTERNS: &str = "\
@@ -25,25 +27,25 @@ GLOB is matched as in .gitignore: *.o excludes every entry with such a name, /do
 build/ every directory of that name.";
 
 const HOOK: &str = "\
-CMD is run with one argument, `accept` before a file is taken or `done` once it is stored, and UDPACK_PATH, \
+CMD is run with one argument, `accept` before a file is accepted or `done` once it is stored, and UDPACK_PATH, \
 UDPACK_SIZE, UDPACK_PEER in its environment; for `done` also UDPACK_FILE and UDPACK_HASH. `accept` refuses with \
 an exit code other than 0 and a line on standard error, and renames with a line on standard output.";
 
 const GAPS: &str = "\
-Where events were lost, because this client reads too slowly, there is a line \
-{\"gap\":{\"room\":NAME,\"lost\":COUNT}} in their place. After a lost connection the session continues without loss if \
-the server still has it; standard error reports which.";
+If this client reads too slowly and events are lost, a line {\"gap\":{\"room\":NAME,\"lost\":COUNT}} stands in their \
+place. After a lost connection the session continues without loss if the server still has it; standard error reports \
+which.";
 
 const DOCTOR: &str = "\
-Neither key nor token is needed: without them only the network is looked at. Exit code 0 says that a connection is possible; the last line \
-may name what makes it slow all the same.";
+Neither key nor token is needed: without them only the network is examined. Exit code 0 means that a connection is \
+possible; the last line names what may make it slow.";
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    something else
+  1    any other error
   2    wrong usage
-  3    a local file is missing or unreadable, or there was nothing to send
+  3    a local file is missing or unreadable, or nothing was found to send
   4    the token was refused, or the server's key is not the pinned one
   5    network: run it again
   6    refused by the server's rules, or cancelled
@@ -54,15 +56,15 @@ Exit codes:
   11   no handler for this request, or no such channel
   12   no such file or transfer at the server
   13   files changed or vanished while a mirror read them; all others are done
-  14   a command at the other end of a pipe failed, or what it wrote is not whole
+  14   a command at the other end of a pipe failed, or its output is incomplete
   130  interrupted";
 
 const ENVIRONMENT: &str = "\
 Environment:
   UDPACK_URL    the server, as `udpack-server url` prints it: udpack://TOKEN@HOST:PORT#sha256:HEX
-  UDPACK_TOKEN  the token, where neither the URL nor --token-file gives one
+  UDPACK_TOKEN  the token, if neither the URL nor --token-file gives one
   NO_COLOR      no colours, if it is set to anything
-  RUST_LOG      what to log, in place of -q and -v";
+  RUST_LOG      what to log, instead of -q and -v";
 
 const MORE: &str = "More options, examples, environment and exit codes: --help";
 
@@ -75,16 +77,16 @@ Examples:
 
 const CLIENT_EXAMPLES: &str = "\
 Examples:
-  export UDPACK_URL='udpack://…'                 what `udpack-server url` prints at the server
-  udpack-client put video.mkv photos/            upload a file, and what is in a directory
+  export UDPACK_URL='udpack://…'                 as `udpack-server url` prints it at the server
+  udpack-client put video.mkv photos/            upload a file, and the content of a directory
   udpack-client get video.mkv --as copy.mkv      download a file
-  udpack-client ls -l                            see what is there";
+  udpack-client ls -l                            list the server's files";
 
 const PUT_EXAMPLES: &str = "\
 Examples:
   udpack-client put report.pdf                   stored as report.pdf
   udpack-client put photos --as backup/          stored as backup/photos/…
-  udpack-client put -p --exclude '*.tmp' work/   what is in work, with modes and times
+  udpack-client put -p --exclude '*.tmp' work/   the content of work, with modes and times
   tar c work | udpack-client put - --as work.tar
   udpack-client put --from-command 'pg_dump shop' --as shop.sql
   udpack-client put --follow build.log           while it is written, until it is closed";
@@ -92,22 +94,22 @@ Examples:
 const GET_EXAMPLES: &str = "\
 Examples:
   udpack-client get report.pdf                   into this directory
-  udpack-client get photos/ --as local/          what is in photos, into local
+  udpack-client get photos/ --as local/          the content of photos, into local
   udpack-client get / --as mirror/ -p            everything, with modes and times
   udpack-client get shop.sql --to-command 'psql --single-transaction shop'
   udpack-client get work.tar - | tar t           to standard output";
 
 const SYNC_EXAMPLES: &str = "\
 Examples:
-  udpack-client sync work :backup/work           make backup/work at the server what work is here
+  udpack-client sync work :backup/work           make the server's backup/work a copy of work
   udpack-client sync work :backup/work --delete --max-delete 100
   udpack-client sync -n work :backup/work --delete    list what would be sent and deleted
-  udpack-client sync --watch --delete work :work keep it so, until interrupted
+  udpack-client sync --watch --delete work :work keep the copy up to date, until interrupted
   udpack-client sync :backup/work restored       the other way";
 
 const VERIFY_EXAMPLES: &str = "\
 Examples:
-  udpack-client verify photos && rm -r photos    remove what is safely at the server";
+  udpack-client verify photos && rm -r photos    remove files that are safely at the server";
 
 const LOGIN_EXAMPLES: &str = "\
 Examples:
@@ -118,17 +120,17 @@ Examples:
 const SHARE_EXAMPLES: &str = "\
 Examples:
   udpack-client share inbox --quota 2G --expires 7d   to upload into inbox
-  udpack-client share inbox/anna --once               for the first who opens it
-  udpack-client share photos --no-upload              to look and fetch";
+  udpack-client share inbox/anna --once               for the first one who opens it
+  udpack-client share photos --no-upload              to list and download";
 
 const SEND_EXAMPLES: &str = "\
 Examples:
   udpack-client send hello '{\"text\":\"hi\"}'
   udpack-client send level -5
-  udpack-client listen | jq -c .data             what others send
+  udpack-client listen | jq -c .data             events of other clients
 
-What JSON has no form for: {\"$bin\":\"00ff\"} bytes, {\"$timestamp\":[seconds,nanoseconds]} a time, \
-{\"$float\":\"nan\"}, \"inf\" or \"-inf\", {\"$map\":[[1,\"one\"]]} a map with keys that are no text.";
+Values that JSON cannot express: {\"$bin\":\"00ff\"} bytes, {\"$timestamp\":[seconds,nanoseconds]} a time, \
+{\"$float\":\"nan\"}, \"inf\" or \"-inf\", {\"$map\":[[1,\"one\"]]} a map whose keys are not text.";
 
 /// Takes uploads over reliable UDP and relays events between clients.
 #[derive(Debug, Parser)]
@@ -144,8 +146,8 @@ pub(crate) struct ServerArgs {
     #[command(subcommand)]
     pub(crate) command: Option<ServerCommand>,
 
-    /// Address and UDP port to listen on; port 0 picks a free one. The default is all addresses, of IPv6 and IPv4. A link-local
-    /// one has its network interface: `[fe80::1%eth0]:45456`.
+    /// Address and UDP port to listen on; port 0 picks a free one. The default is all addresses, IPv6 and IPv4. A
+    /// link-local address needs its network interface: `[fe80::1%eth0]:45456`.
     #[arg(
         long,
         value_name = "ADDR:PORT",
@@ -154,32 +156,32 @@ pub(crate) struct ServerArgs {
     )]
     pub(crate) listen: String,
 
-    /// Where received files go; made if it is missing.
+    /// The directory for received files; created if it is missing.
     #[arg(long, default_value = "./uploads", env = "UDPACK_DIR")]
     pub(crate) dir: PathBuf,
 
-    /// Store received files in an object store instead: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or
-    /// file:///DIRECTORY. Credentials come from the environment (AWS_ACCESS_KEY_ID and so on; AWS_ENDPOINT with AWS_ALLOW_HTTP=true for a
-    /// server of your own). --dir keeps the journals by which uploads go on after a crash.
+    /// Store received files in an object store instead: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX
+    /// or file:///DIRECTORY. Credentials come from the environment (AWS_ACCESS_KEY_ID and so on; AWS_ENDPOINT with
+    /// AWS_ALLOW_HTTP=true for your own server). --dir holds the journals with which uploads continue after a crash.
     #[cfg(feature = "store")]
     #[arg(long, value_name = "URL", env = "UDPACK_STORE", conflicts_with_all = ["min_free", "fsync"])]
     pub(crate) store: Option<String>,
 
-    /// Bytes of files on their way into the object store, all uploads together, which the server keeps in memory; a file has parts of
-    /// at most a quarter of it, and 10,000 of them.
+    /// Memory for files on their way into the object store, over all uploads. A file is stored in at most 10,000 parts,
+    /// each of at most a quarter of this size.
     #[cfg(feature = "store")]
     #[arg(long, value_name = "SIZE", default_value = "256M", requires = "store")]
     pub(crate) store_budget: Size,
 
-    /// Where the server's key and token live; made at the first start, readable by the owner alone.
+    /// The directory of the server's key and token; created at the first start, readable only by its owner.
     #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
     pub(crate) keys: PathBuf,
 
-    /// The tokens that let clients in, one a line; must exist. Default: KEYS/token, made at the first start.
+    /// The file of the clients' tokens, one per line; must exist. Default: KEYS/token, created at the first start.
     #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// The host name or address to show in the URL. Default: the best guess.
+    /// The host name or address to show in the URL. Default: a guess from the network interfaces.
     #[arg(long, value_name = "NAME", env = "UDPACK_PUBLIC_HOST")]
     pub(crate) public_host: Option<String>,
 
@@ -187,7 +189,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_enum, default_value_t = OverwriteArg::Never)]
     pub(crate) overwrite: OverwriteArg,
 
-    /// Largest file; `none` leaves it to the quota and the disk.
+    /// Largest file; with `none` only the quota and the disk limit it.
     #[arg(long, value_name = "SIZE", default_value = "none")]
     pub(crate) max_file: Size,
 
@@ -200,11 +202,13 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sockets_per_address: u32,
 
-    /// Wrong tokens from one address, each forgotten after 5 s, from which on its tokens are checked one a second.
+    /// From this many wrong tokens on, the tokens of an address are verified one per second. A wrong token is forgotten
+    /// after 5 s.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) wrong_tokens: u32,
 
-    /// Most bytes of all files together, each empty file, directory and link counted as 1,024; `none` leaves it to the disk.
+    /// Most bytes of all files together, each empty file, directory and link counted as 1,024; with `none` only the
+    /// disk limits them.
     #[arg(long, value_name = "SIZE", default_value = "none")]
     pub(crate) quota: Size,
 
@@ -212,16 +216,16 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) min_free: Option<Size>,
 
-    /// Lets every client also read, list and compare files, not only those whose token says `scope=read`.
+    /// Let every client also read, list and compare files, not only those whose token says `scope=read`.
     #[arg(long)]
     pub(crate) allow_read: bool,
 
-    /// Accepts no files: every client may read, none may write or remove, whatever its token says.
+    /// Accept no files: every client may read, none may write or remove, whatever its token says.
     #[arg(long, conflicts_with = "allow_read")]
     pub(crate) read_only: bool,
 
-    /// When files are synced to disk: `auto` before they are reported, small ones in batches; `always` each by
-    /// itself; `never` leaves it to the system, and a power cut may lose files that were reported.
+    /// When files are synced to disk: with `auto` before they are reported, small ones in batches; with `always` each
+    /// by itself; with `never` the system decides, and a power cut may lose files that were reported.
     #[arg(long, value_enum, default_value_t = FsyncArg::Auto)]
     pub(crate) fsync: FsyncArg,
 
@@ -229,7 +233,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "DURATION", default_value = "24h")]
     pub(crate) expire: Span,
 
-    /// Most bytes a second of all clients together, for uploads and downloads each or as UP:DOWN.
+    /// Most bytes per second of all clients together, for uploads and downloads each or as UP:DOWN.
     #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
     pub(crate) bwlimit: Rates,
 
@@ -237,7 +241,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "CMD", env = "UDPACK_HOOK")]
     pub(crate) hook: Option<PathBuf>,
 
-    /// How long that program may take to answer; then the file is refused.
+    /// How long that program may take to answer; after that the file is refused.
     #[arg(
         long,
         value_name = "DURATION",
@@ -252,9 +256,9 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "ADDR:PORT", env = "UDPACK_METRICS")]
     pub(crate) metrics: Option<String>,
 
-    /// Share what clients send and listen to with other servers, over this NATS broker: nats://HOST:PORT or tls://HOST:PORT,
-    /// with USER:PASSWORD@ or TOKEN@ before the host where it asks for that; several with commas between them. It must take
-    /// messages of 2 MB (`max_payload: 2MB`).
+    /// Share the clients' events with other servers, over this NATS broker: nats://HOST:PORT or tls://HOST:PORT, with
+    /// USER:PASSWORD@ or TOKEN@ before the host if the broker requires it; several brokers are separated by commas. The
+    /// broker must accept messages of 2 MB (`max_payload: 2MB`).
     #[cfg(feature = "cluster")]
     #[arg(
         long,
@@ -264,7 +268,7 @@ pub(crate) struct ServerArgs {
     )]
     pub(crate) cluster: Option<String>,
 
-    /// What other servers of the cluster call this one. Default: the name of the machine.
+    /// The name of this server in the cluster. Default: the name of the machine.
     #[cfg(feature = "cluster")]
     #[arg(long, value_name = "NAME", requires = "cluster")]
     pub(crate) cluster_name: Option<String>,
@@ -281,24 +285,28 @@ pub(crate) struct ServerArgs {
     )]
     pub(crate) advertise: Option<String>,
 
-    /// Serve pages for browsers at this address, over TCP: upload, download and more, in a browser, with a token. Default: the
-    /// address and the port number of --listen. By HTTPS with the server's own certificate, which browsers warn of, or with
-    /// that of --tls-cert; and by HTTP as well where only this machine can reach it.
+    /// Serve pages for browsers at this address, over TCP: upload, download and more, with a token. Default: the
+    /// address and the port number of --listen. The pages use HTTPS with the server's own certificate, of which
+    /// browsers warn, or with that of
+    /// --tls-cert; and plain HTTP as well if only this machine can reach them.
     #[cfg(feature = "web")]
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, env = "UDPACK_WEB")]
     pub(crate) web: Option<Option<String>>,
 
-    /// Do not listen on TCP. Otherwise clients whose network lets no UDP pass connect over TCP, at the port number of --listen.
+    /// Do not listen on TCP. Otherwise clients whose network blocks UDP connect over TCP, at the port number of
+    /// --listen.
     #[arg(long)]
     pub(crate) no_tcp: bool,
 
-    /// Pages of other servers that may connect from a browser, too, such as `https://example.com`; can be given several times.
+    /// The origin of another server's pages that may connect from a browser, such as `https://example.com`; may be
+    /// given several times.
     #[cfg(feature = "web")]
     #[arg(long, value_name = "ORIGIN", requires = "web")]
     pub(crate) web_origin: Vec<Origin>,
 
-    /// A certificate chain for browsers in PEM, signed by an authority that they trust, the server's own first (certbot's
-    /// fullchain.pem). Read again when it changes, and on SIGHUP. Other clients get the server's own key as before.
+    /// A certificate chain for browsers in PEM, signed by an authority that they trust, the server's certificate first
+    /// (certbot's fullchain.pem). It is read again when it changes, and on SIGHUP. Other clients still get the server's
+    /// own key.
     #[cfg(feature = "web")]
     #[arg(long, value_name = "FILE", requires_all = ["web", "tls_key"], env = "UDPACK_TLS_CERT")]
     pub(crate) tls_cert: Option<PathBuf>,
@@ -313,7 +321,7 @@ pub(crate) struct ServerArgs {
     )]
     pub(crate) tls_key: Option<PathBuf>,
 
-    /// Write what QUIC does into this directory, a qlog file for each connection; costs time and disk.
+    /// Write a qlog file of each QUIC connection into this directory; costs time and disk space.
     #[arg(long, value_name = "DIR", env = "UDPACK_QLOG")]
     pub(crate) qlog: Option<PathBuf>,
 
@@ -321,7 +329,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_enum, default_value_t = CcArg::Auto)]
     pub(crate) cc: CcArg,
 
-    /// Print the first lines as JSON, one object a line.
+    /// Print the first lines as JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -329,16 +337,16 @@ pub(crate) struct ServerArgs {
     pub(crate) log: LogArgs,
 }
 
-/// What the server does besides serving.
+/// Commands of the server besides serving.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServerCommand {
-    /// Create, list and revoke the tokens that let clients in; a server that runs follows within two seconds.
+    /// Create, list and revoke the clients' tokens; a running server applies the change within two seconds.
     #[command(subcommand)]
     Token(TokenCommand),
-    /// Show and remove interrupted uploads, also beside a server that runs.
+    /// List and remove interrupted uploads, even while a server is running.
     #[command(subcommand)]
     Uploads(UploadsCommand),
-    /// Print the URL that lets clients in, with the first token of the file: a secret, for UDPACK_URL.
+    /// Print the URL for clients, with the first token of the file: a secret, for UDPACK_URL.
     Url(UrlArgs),
     /// Print a shell's completion script.
     Completions {
@@ -346,7 +354,7 @@ pub(crate) enum ServerCommand {
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print the manual pages, or write each into a file of its own.
+    /// Print the manual pages, or write each into its own file.
     Man(ManArgs),
 }
 
@@ -358,25 +366,25 @@ pub(crate) struct ManArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TokenCommand {
-    /// Make a token and print it; only its digest is kept.
+    /// Create a token and print it; only its digest is stored.
     #[command(after_long_help = SIZES)]
     New(TokenNewArgs),
-    /// List the tokens by name, with what they allow.
+    /// List the tokens by name, with their rights.
     List(TokenListArgs),
-    /// Revoke a token; a server that runs cuts off the clients that use it within two seconds.
+    /// Revoke a token; a running server disconnects its clients within two seconds.
     Revoke(TokenRevokeArgs),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct TokenNewArgs {
-    /// Its name, which logs and lists show. Default: a random one.
+    /// The token's name in logs and lists. Default: a random one.
     pub(crate) name: Option<String>,
 
-    /// What it allows: read, write, delete, share, watch, admin, with commas between. Default: what the server allows all.
+    /// Its rights: read, write, delete, share, watch, admin, separated by commas. Default: those of every client.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "SCOPE")]
     pub(crate) scope: Vec<ScopeArg>,
 
-    /// The directory it is confined to, which is the root for its clients.
+    /// The directory that is the root for its clients.
     #[arg(long, value_name = "DIR")]
     pub(crate) prefix: Option<String>,
 
@@ -384,11 +392,11 @@ pub(crate) struct TokenNewArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) quota: Option<Size>,
 
-    /// When it expires: after a time such as 30d or 12h, or at one such as 2027-01-31 or 2027-01-31T12:00:00Z.
+    /// When it expires: after a time such as 30d or 12h, or at a date such as 2027-01-31 or 2027-01-31T12:00:00Z.
     #[arg(long, value_name = "TIME")]
     pub(crate) expires: Option<String>,
 
-    /// For the first client alone that comes with it, and for 24 hours from then on.
+    /// Only the first client that presents the token may use it, for 24 hours from then on.
     #[arg(long)]
     pub(crate) once: bool,
 
@@ -401,7 +409,7 @@ pub(crate) struct TokenNewArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct UrlArgs {
-    /// Print the link for browsers instead, of a server that runs or ran with --web.
+    /// Print the link for browsers instead; the server must have been started with --web.
     #[cfg(feature = "web")]
     #[arg(long)]
     pub(crate) web: bool,
@@ -413,10 +421,11 @@ pub(crate) struct UrlArgs {
     pub(crate) file: TokenFileArgs,
 }
 
-/// Where clients reach the server.
+/// The address where clients reach the server.
 #[derive(Debug, Args)]
 pub(crate) struct WhereArgs {
-    /// The server's host name or address. Default: the one it showed at its last start, else the best guess.
+    /// The server's host name or address. Default: the one it printed at its last start, else a guess from the network
+    /// interfaces.
     #[arg(long, value_name = "NAME", env = "UDPACK_PUBLIC_HOST")]
     pub(crate) public_host: Option<String>,
 }
@@ -436,23 +445,23 @@ pub(crate) struct TokenRevokeArgs {
     pub(crate) file: TokenFileArgs,
 }
 
-/// Which token file, and how it is shown.
+/// The token file, and the form of the output.
 #[derive(Debug, Args)]
 pub(crate) struct TokenFileArgs {
-    /// Where the server's key and token live.
+    /// The directory of the server's key and token.
     #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
     pub(crate) keys: PathBuf,
 
-    /// The file of the tokens. Default: KEYS/token.
+    /// The file of the clients' tokens. Default: KEYS/token.
     #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// Where a page of another server comes from.
+/// The origin of another server's pages.
 #[cfg(feature = "web")]
 #[derive(Debug, Clone)]
 pub(crate) struct Origin(pub(crate) String);
@@ -497,9 +506,9 @@ impl ScopeArg {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum UploadsCommand {
-    /// List interrupted uploads, the oldest first.
+    /// List interrupted uploads, oldest first.
     List(UploadsListArgs),
-    /// Remove interrupted uploads, but for those being written.
+    /// Remove interrupted uploads, except those being written.
     #[command(after_long_help = SIZES)]
     Purge(UploadsPurgeArgs),
 }
@@ -512,7 +521,7 @@ pub(crate) struct UploadsListArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct UploadsPurgeArgs {
-    /// Only those that nothing was written to for so long.
+    /// Remove only uploads that have not grown for this long.
     #[arg(long, value_name = "DURATION", default_value = "24h")]
     pub(crate) older_than: Span,
 
@@ -520,14 +529,14 @@ pub(crate) struct UploadsPurgeArgs {
     pub(crate) dir: UploadsDirArgs,
 }
 
-/// Which store, and how it is shown.
+/// The store, and the form of the output.
 #[derive(Debug, Args)]
 pub(crate) struct UploadsDirArgs {
-    /// Where received files go.
+    /// The directory of received files.
     #[arg(long, default_value = "./uploads", env = "UDPACK_DIR")]
     pub(crate) dir: PathBuf,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -553,7 +562,7 @@ pub(crate) enum ClientCommand {
     /// Download files and directories; each file is verified and on disk when it is reported.
     #[command(after_help = MORE, after_long_help = format!("{GET_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Get(GetArgs),
-    /// Make one directory what another one is: send what differs, and with --delete remove what only the copy has.
+    /// Make one directory a copy of another: transfer the differences, and with --delete remove what only the copy has.
     #[command(after_help = MORE, after_long_help = format!("{SYNC_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Sync(SyncArgs),
     /// List a directory of the server.
@@ -568,16 +577,18 @@ pub(crate) enum ClientCommand {
     /// Compare local files with the server's, byte for byte by their hashes; nothing is sent.
     #[command(after_help = MORE, after_long_help = format!("{VERIFY_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Verify(VerifyArgs),
-    /// List the transfers that are under way at the server, watch them, or end one.
+    /// List the transfers that are running at the server, watch them, or cancel one.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Jobs(JobsArgs),
-    /// Make a drop link: a token for somebody else, for a directory of the server, which may do no more than this client's.
+    /// Create a drop link: a token for somebody else, for one directory of the server. It grants at most this client's
+    /// rights.
     #[command(after_help = MORE, after_long_help = format!("{SHARE_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Share(ShareArgs),
-    /// Show the state of the server: traffic, connections, rooms, memory, disk, quotas. Takes a token with the scope `watch` or `admin`.
+    /// Show the state of the server: traffic, connections, rooms, memory, disk, quotas. Needs a token with the scope
+    /// `watch` or `admin`.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Stats(StatsArgs),
-    /// Show it work: a server and a client in this process upload a file over loopback and verify it.
+    /// Upload a file over loopback, between a server and a client in this process, and verify it.
     Demo(DemoArgs),
     /// Send one event and wait until the server has handled it; prints the reply as JSON.
     #[command(after_help = MORE, after_long_help = format!("{SEND_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
@@ -591,8 +602,8 @@ pub(crate) enum ClientCommand {
     /// Measure application round-trip time.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ping(PingArgs),
-    /// Find out what works from here to a server, and what does not and why: names, each address by UDP and TCP, the size of
-    /// packets, loss, key, token, clock.
+    /// Examine the path to a server, and explain what does not work: names, each address over UDP and TCP, packet size,
+    /// loss, key, token, clock.
     #[command(after_help = MORE, after_long_help = format!("{DOCTOR}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Doctor(DoctorArgs),
     /// Store a server under a name, for `--to NAME` and paths such as NAME:photos.
@@ -604,10 +615,10 @@ pub(crate) enum ClientCommand {
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print what begins with a word and is at the server, one a line: for completion scripts.
+    /// Print the server's names that begin with a word, one per line: for completion scripts.
     #[command(hide = true)]
     RemoteNames(RemoteNamesArgs),
-    /// Print the manual pages, or write each into a file of its own.
+    /// Print the manual pages, or write each into its own file.
     Man(ManArgs),
 }
 
@@ -638,11 +649,11 @@ pub(crate) struct RemoteNamesArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct LoginArgs {
-    /// What `udpack-server url` or `token new` prints at the server; `-` reads it from standard input, where other users of this
-    /// machine do not see the token.
+    /// The URL that `udpack-server url` or `token new` prints at the server; `-` reads it from standard input, which
+    /// hides the token from other users of this machine.
     pub(crate) url: String,
 
-    /// The name.
+    /// The name for this server.
     pub(crate) name: String,
 
     #[command(flatten)]
@@ -654,38 +665,38 @@ pub(crate) struct LoginArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PutArgs {
-    /// Files and directories to send; `dir/` sends what is in it, `-` standard input.
+    /// Files and directories to send; `dir/` sends the directory's content, `-` standard input.
     #[arg(value_name = "PATH", required_unless_present_any = ["files_from", "from_command", "follow"])]
     pub(crate) paths: Vec<PathBuf>,
 
-    /// Send what this command of the shell writes, which is stored only if it exits with 0. In a pipeline that is the exit
-    /// code of the last command.
+    /// Send the output of this shell command. It is stored only if the command exits with 0; in a pipeline the exit
+    /// code of the last command counts.
     #[arg(long, value_name = "CMD", requires = "name", conflicts_with_all = ["paths", "files_from"])]
     pub(crate) from_command: Option<String>,
 
-    /// Send a file that still grows, as it grows, and store it when its last writer has closed it, or as --until says. If it is cut,
-    /// replaced or renamed meanwhile, it fails.
+    /// Send a file while it grows, and store it when its last writer has closed it, or as --until says. It fails if it
+    /// is cut, replaced or renamed meanwhile.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["paths", "files_from", "from_command", "no_resume", "dry_run"])]
     pub(crate) follow: Option<PathBuf>,
 
-    /// The end of the file of --follow: so many bytes, or so many seconds in which nothing came, as in 30s.
+    /// Where the file of --follow ends: at this many bytes, or after a time without growth, such as 30s.
     #[arg(long, value_name = "SIZE|SECSs", requires = "follow", conflicts_with_all = ["paths", "files_from", "from_command"])]
     pub(crate) until: Option<Until>,
 
-    /// Standard input or the command is stored only if it has this many bytes.
+    /// Store standard input or the command's output only if it has this many bytes.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) size: Option<u64>,
 
-    /// Standard input or the command is stored only if it ends with this text, with or without the end of a line.
+    /// Store standard input or the command's output only if it ends with this text, with or without an end of line.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) require_eof_marker: Option<OsString>,
 
-    /// How much of standard input or of the command is kept until the server has it on disk, so that a lost connection costs
-    /// nothing: 16M in memory, the rest in a private file in TMPDIR.
+    /// How much of standard input or of the command's output is kept until the server has it on disk, so that a lost
+    /// connection does no harm: 16M in memory, the rest in a private file in TMPDIR.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G")]
     pub(crate) spool: u64,
 
-    /// Also send the files that FILE lists, one path a line; `-` reads the list from standard input.
+    /// Also send the files that FILE lists, one path per line; `-` reads the list from standard input.
     #[arg(long, value_name = "FILE")]
     pub(crate) files_from: Option<PathBuf>,
 
@@ -693,7 +704,7 @@ pub(crate) struct PutArgs {
     #[arg(short = '0', long, requires = "files_from")]
     pub(crate) null: bool,
 
-    /// Succeed also if there is nothing to send, and store an empty file if standard input is empty.
+    /// Succeed even if there is nothing to send, and store an empty file if standard input is empty.
     #[arg(long)]
     pub(crate) allow_empty: bool,
 
@@ -707,18 +718,18 @@ pub(crate) struct PutArgs {
     #[command(flatten)]
     pub(crate) transfer: TransferArgs,
 
-    /// Start interrupted files from the beginning; the server keeps nothing of them for a later resume either.
+    /// Start interrupted files from the beginning, and let the server keep nothing of them for a later resume.
     #[arg(long)]
     pub(crate) no_resume: bool,
 
-    /// With --if-exists overwrite, send only what differs from the file that is there: `auto` where the network is slower than
-    /// reading twice. Takes a token that may read; files up to 256K are sent whole.
+    /// With --if-exists overwrite, send only the differences from the stored file: with `auto` if the network is slower
+    /// than reading twice. Needs a token that may read; files of up to 256K are sent whole.
     #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
     pub(crate) delta: DeltaArg,
 
-    /// Show what would be sent and what would be refused, and send nothing. The server is asked what has each name,
-    /// where the token may read. What else it refuses shows only in a real run: its --overwrite, --names, --max-file,
-    /// --quota, the space on its disk, its --hook.
+    /// Show what would be sent and what would be refused, and send nothing. If the token may read, the server is asked
+    /// for files of the same names. Its other rules take effect only in a real run: --overwrite, --names, --max-file,
+    /// --quota, the space on its disk, --hook.
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 
@@ -734,12 +745,12 @@ pub(crate) struct PutArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct GetArgs {
-    /// Files and directories of the server; `dir/` gets what is in it, `/` everything.
+    /// Files and directories of the server; `dir/` gets the directory's content, `/` everything.
     #[arg(value_name = "REMOTE", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
-    /// Give a single file to the standard input of this command of the shell, which has to exit with 0. The last bytes come only when
-    /// all are known to be right; without them it should fail.
+    /// Write a single file to the standard input of this shell command, which must exit with 0. The last bytes are
+    /// written only when the whole file is verified; without them the command should fail.
     #[arg(long, value_name = "CMD", conflicts_with = "name")]
     pub(crate) to_command: Option<String>,
 
@@ -747,7 +758,7 @@ pub(crate) struct GetArgs {
     #[arg(long = "as", value_name = "NAME|DIR/")]
     pub(crate) name: Option<PathBuf>,
 
-    /// Leave these out; may be given several times.
+    /// Exclude these entries; may be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<Pattern>,
 
@@ -766,20 +777,22 @@ pub(crate) struct GetArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SyncArgs {
-    /// The directory to copy: one here, or with a colon before it one of the server.
+    /// The directory to copy: a local one, or one of the server with a colon before it.
     #[arg(value_name = "FROM")]
     pub(crate) source: PathBuf,
 
-    /// The directory that becomes the copy; made if it is missing. One of both is at the server: `:backup/work`, or `:` for its root.
+    /// The directory that becomes the copy; created if it is missing. One of the two is at the server: `:backup/work`,
+    /// or `:` for its root.
     #[arg(value_name = "TO")]
     pub(crate) copy: PathBuf,
 
-    /// Delete what only the copy has, after everything else has arrived, and nothing if something has not. What --exclude leaves out
-    /// stays.
+    /// Delete what only the copy has, after everything else has arrived. If something has failed, nothing is deleted.
+    /// Entries that
+    /// --exclude names stay.
     #[arg(long, visible_alias = "delete-after")]
     pub(crate) delete: bool,
 
-    /// Delete nothing if there are more files, directories and links than this to delete.
+    /// Delete nothing if more than this many files, directories and links would be deleted.
     #[arg(long, value_name = "N", requires = "delete")]
     pub(crate) max_delete: Option<usize>,
 
@@ -787,42 +800,35 @@ pub(crate) struct SyncArgs {
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 
-    /// Go on: wait until something in FROM changes, here, and send that, too. A server that cannot be reached is tried until it can.
+    /// Keep running: wait until something changes in FROM, which must be local, and send that, too. A server that
+    /// cannot be reached is tried again until it can.
     #[cfg(target_os = "linux")]
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) watch: bool,
 
-    /// Compare files of the same size and time by their hashes, too: both sides read all of them.
+    /// Compare the hashes of files with the same size and time, too: both sides read all of them.
     #[arg(short, long)]
     pub(crate) checksum: bool,
 
-    /// When sending, send only what differs from the file that is there, or from one that was moved: `auto` where the
+    /// When sending, send only the differences from the stored file, or from one that was moved: with `auto` if the
     /// network is slower than reading twice. A new version of at most 256K is sent whole.
     #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
     pub(crate) delta: DeltaArg,
 
-    /// A file that changes while it is read: `retry` sends it again, up to three times in all, before it is a failure.
+    /// What to do about a file that changes while it is read: `retry` sends it up to three times before it counts as
+    /// failed.
     #[arg(long, value_enum, default_value_t = ChangedArg::Retry)]
     pub(crate) changed: ChangedArg,
 
-    /// A file that is gone by the time it is read: passed over, or a failure.
+    /// What to do about a file that is gone when it is read: skip it, or count it as failed.
     #[arg(long, value_enum, default_value_t = VanishedArg::Skip)]
     pub(crate) vanished: VanishedArg,
 
     #[command(flatten)]
     pub(crate) tree: TreeArgs,
 
-    /// How many files to transfer side by side. Default: 4.
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub(crate) jobs: Option<u8>,
-
-    /// Connect again at most so many times in a row. Default: until nothing has moved for 5 minutes.
-    #[arg(long, value_name = "N")]
-    pub(crate) retries: Option<u32>,
-
-    /// Most bytes a second, for each direction or as UP:DOWN.
-    #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
-    pub(crate) bwlimit: Rates,
+    #[command(flatten)]
+    pub(crate) pace: PaceArgs,
 
     #[command(flatten)]
     pub(crate) paths: ViaArgs,
@@ -835,24 +841,6 @@ pub(crate) struct SyncArgs {
 
     #[command(flatten)]
     pub(crate) log: LogArgs,
-}
-
-/// When to send only what differs from what the server has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DeltaArg {
-    Auto,
-    Always,
-    Never,
-}
-
-impl From<DeltaArg> for Delta {
-    fn from(arg: DeltaArg) -> Self {
-        match arg {
-            DeltaArg::Auto => Self::Auto,
-            DeltaArg::Always => Self::Always,
-            DeltaArg::Never => Self::Never,
-        }
-    }
 }
 
 /// What to do about a file that changes while it is read.
@@ -869,41 +857,48 @@ pub(crate) enum VanishedArg {
     Fail,
 }
 
-/// Which part of a local tree.
+/// Selects a part of a local tree.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TreeArgs {
-    /// Leave these out; may be given several times.
+    /// Exclude these entries; may be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<Pattern>,
 
-    /// Keep symbolic links as links, instead of taking what they point to.
+    /// Keep symbolic links as links, instead of following them.
     #[arg(long)]
     pub(crate) links: bool,
+}
+
+/// How many files are transferred at once, and how they use the network.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PaceArgs {
+    /// How many files to transfer in parallel. Default: 4.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) jobs: Option<u8>,
+
+    /// Reconnect at most this many times without progress. Default: until nothing has moved for 5 minutes.
+    #[arg(long, value_name = "N")]
+    pub(crate) retries: Option<u32>,
+
+    /// Most bytes per second, for each direction or as UP:DOWN.
+    #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
+    pub(crate) bwlimit: Rates,
 }
 
 /// How files are transferred, in either direction.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TransferArgs {
-    /// How many files to transfer side by side. Default: 4.
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub(crate) jobs: Option<u8>,
+    #[command(flatten)]
+    pub(crate) pace: PaceArgs,
 
-    /// What to do when the name is taken: `same` succeeds if the content is equal. For uploads, the last two
-    /// must be allowed by the server.
+    /// What to do when the name is taken: `same` succeeds if the content is equal. For uploads, the server must allow
+    /// the last two.
     #[arg(long, value_enum, default_value_t = IfExistsArg::Same)]
     pub(crate) if_exists: IfExistsArg,
 
     /// Keep modification times and modes.
     #[arg(short, long)]
     pub(crate) preserve: bool,
-
-    /// Connect again at most so many times in a row. Default: until nothing has moved for 5 minutes.
-    #[arg(long, value_name = "N")]
-    pub(crate) retries: Option<u32>,
-
-    /// Most bytes a second, for each direction or as UP:DOWN.
-    #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
-    pub(crate) bwlimit: Rates,
 
     #[command(flatten)]
     pub(crate) paths: ViaArgs,
@@ -920,19 +915,19 @@ pub(crate) struct ViaArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct LsArgs {
-    /// The directory. Default: all that this client may see.
+    /// The directory. Default: the root.
     #[arg(value_parser = name())]
     pub(crate) path: Option<String>,
 
-    /// Also kind, mode, size and modification time.
+    /// Also show kind, mode, size and modification time.
     #[arg(short)]
     pub(crate) long: bool,
 
-    /// Also the content of directories, at any depth.
+    /// Also list the content of directories, at any depth.
     #[arg(short = 'R', long)]
     pub(crate) recursive: bool,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -949,7 +944,7 @@ pub(crate) struct StatArgs {
     #[arg(value_name = "PATH", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -966,11 +961,11 @@ pub(crate) struct RmArgs {
     #[arg(value_name = "PATH", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
-    /// Directories too, with all their content.
+    /// Remove directories, too, with all their content.
     #[arg(short, long)]
     pub(crate) recursive: bool,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -994,11 +989,11 @@ pub(crate) struct VerifyArgs {
     #[command(flatten)]
     pub(crate) tree: TreeArgs,
 
-    /// How many files to compare side by side.
+    /// How many files to compare in parallel.
     #[arg(short, long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) jobs: u8,
 
-    /// Print JSON, one object a line, the last one `result`.
+    /// Print JSON, one object per line, the last one `result`.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -1011,23 +1006,23 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct JobsArgs {
-    /// Keep running, with a line whenever a transfer moves or ends.
+    /// Keep running, and print a line whenever a transfer moves or ends.
     #[arg(long)]
     pub(crate) watch: bool,
 
-    /// List those too that ended of late, and why.
+    /// Also list transfers that ended recently, and why.
     #[arg(long)]
     pub(crate) ended: bool,
 
-    /// End this transfer; one of another client takes a token with the scope `admin`.
+    /// Cancel this transfer; for a transfer of another client the token needs the scope `admin`.
     #[arg(long, value_name = "ID", conflicts_with_all = ["watch", "ended"])]
     pub(crate) cancel: Option<u64>,
 
-    /// Why, in one line of at most 256 bytes; the client of the transfer is told.
+    /// The reason, a line of at most 256 bytes, which the client of the transfer receives.
     #[arg(long, value_name = "TEXT", value_parser = reason, requires = "cancel", conflicts_with_all = ["watch", "ended"])]
     pub(crate) reason: Option<String>,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -1040,23 +1035,23 @@ pub(crate) struct JobsArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct StatsArgs {
-    /// Keep running, with a line whenever something has changed.
+    /// Keep running, and print a line whenever something has changed.
     #[arg(long)]
     pub(crate) watch: bool,
 
-    /// Close the connection with this id, for a token with the scope `admin`.
+    /// Close the connection with this id; the token needs the scope `admin`.
     #[arg(long, value_name = "ID", conflicts_with = "watch")]
     pub(crate) kick: Option<String>,
 
-    /// Why, in one line of at most 256 bytes; the client is told.
+    /// The reason, a line of at most 256 bytes, which the client receives.
     #[arg(long, value_name = "TEXT", value_parser = reason, requires = "kick", conflicts_with_all = ["watch", "drain"])]
     pub(crate) reason: Option<String>,
 
-    /// Have the server shut down in order, for a token with the scope `admin`.
+    /// Make the server drain and shut down; the token needs the scope `admin`.
     #[arg(long, conflicts_with_all = ["watch", "kick"])]
     pub(crate) drain: bool,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -1069,7 +1064,7 @@ pub(crate) struct StatsArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// The file to send. Default: 64 MiB made for the purpose.
+    /// The file to send. Default: 64 MiB of generated data.
     pub(crate) file: Option<PathBuf>,
 
     /// Congestion control of both sides.
@@ -1092,7 +1087,7 @@ pub(crate) struct SendArgs {
     #[arg(allow_negative_numbers = true)]
     pub(crate) json: String,
 
-    /// Ask only whether the handler took it, and print nothing.
+    /// Only wait until the handler has taken it, and print nothing.
     #[arg(long)]
     pub(crate) acked: bool,
 
@@ -1115,15 +1110,16 @@ pub(crate) struct RequestArgs {
     /// The event's name.
     pub(crate) event: String,
 
-    /// Its data, in JSON; `-` asks with each JSON value on standard input. `{"$bin":"<hex>"}` stands for bytes.
+    /// Its data, in JSON; `-` sends a request with each JSON value on standard input. `{"$bin":"<hex>"}` stands for
+    /// bytes.
     #[arg(default_value = "null", allow_negative_numbers = true)]
     pub(crate) json: String,
 
-    /// Take a stream of items for an answer, and print each as it comes.
+    /// Request a stream of items, and print each as it arrives.
     #[arg(long)]
     pub(crate) items: bool,
 
-    /// Seconds to wait for the reply, or for the last item. Default: 30, and no end for items.
+    /// Seconds to wait for the reply, or for the last item. Default: 30 for a reply, no limit for items.
     #[arg(long, value_name = "SECS")]
     pub(crate) timeout: Option<Seconds>,
 
@@ -1137,22 +1133,22 @@ pub(crate) struct RequestArgs {
     pub(crate) log: LogArgs,
 }
 
-/// On which channel, and how much it withstands.
+/// The channel, and whether it survives a lost connection.
 #[derive(Debug, Args)]
 pub(crate) struct AskArgs {
     #[command(flatten)]
     pub(crate) channel: ChannelArgs,
 
-    /// Continue on a new connection when the present one is lost, without losing or repeating messages.
+    /// Continue on a new connection when the connection is lost, without losing or repeating messages.
     #[arg(long)]
     pub(crate) resumable: bool,
 
-    /// Connect again at most so many times in a row. Default: for up to 5 minutes.
+    /// Reconnect at most this many times in a row. Default: for up to 5 minutes.
     #[arg(long, value_name = "N", requires = "resumable")]
     pub(crate) retries: Option<u32>,
 }
 
-/// Which channel.
+/// Selects a channel.
 #[derive(Debug, Args)]
 pub(crate) struct ChannelArgs {
     /// The channel's name.
@@ -1169,11 +1165,11 @@ pub(crate) struct ListenArgs {
     #[command(flatten)]
     pub(crate) channel: ChannelArgs,
 
-    /// Stop after so many events.
+    /// Stop after this many events.
     #[arg(short, long, value_name = "COUNT")]
     pub(crate) count: Option<u64>,
 
-    /// Connect again at most so many times in a row; 0 ends with the connection. Default: for up to 5 minutes.
+    /// Reconnect at most this many times in a row; 0 ends with the connection. Default: for up to 5 minutes.
     #[arg(long, value_name = "N")]
     pub(crate) retries: Option<u32>,
 
@@ -1186,27 +1182,27 @@ pub(crate) struct ListenArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ShareArgs {
-    /// The directory that it is for, which is the root for whoever has the link. Default: that of this client.
+    /// The directory that becomes the root of the link. Default: this client's own.
     #[arg(value_name = "DIR", value_parser = name())]
     pub(crate) path: Option<String>,
 
-    /// Most bytes of all files there. Default: what this client's own token has left.
+    /// Most bytes of all files in it. Default: what this client's own token has left.
     #[arg(long, value_name = "SIZE")]
     pub(crate) quota: Option<Size>,
 
-    /// How long it is good for, such as 12h or 7d. Default: as long as this client's own token.
+    /// How long the link is valid, such as 12h or 7d. Default: as long as this client's own token.
     #[arg(long, value_name = "TIME")]
     pub(crate) expires: Option<Span>,
 
-    /// For the first browser or client alone that comes with it, and for 24 hours from then on.
+    /// Only the first browser or client that presents the link may use it, for 24 hours from then on.
     #[arg(long)]
     pub(crate) once: bool,
 
-    /// To list and fetch, too.
+    /// Also allow listing and downloading.
     #[arg(long)]
     pub(crate) read: bool,
 
-    /// To list and fetch only.
+    /// Allow only listing and downloading.
     #[arg(long)]
     pub(crate) no_upload: bool,
 
@@ -1214,11 +1210,11 @@ pub(crate) struct ShareArgs {
     #[arg(long, conflicts_with_all = ["path", "quota", "expires", "once", "read", "no_upload"])]
     pub(crate) list: bool,
 
-    /// Revoke one of them by its name: who came with it is sent away.
+    /// Revoke a link by its name, and disconnect its users.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["list", "path", "quota", "expires", "once", "read", "no_upload"])]
     pub(crate) revoke: Option<String>,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -1248,7 +1244,7 @@ pub(crate) struct DoctorArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PingArgs {
-    /// How many pings; 0 goes on until interrupted.
+    /// How many pings to send; 0 continues until interrupted.
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     pub(crate) count: u64,
 
@@ -1256,7 +1252,7 @@ pub(crate) struct PingArgs {
     #[arg(long, value_name = "SECS", default_value = "1")]
     pub(crate) interval: Seconds,
 
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -1271,34 +1267,35 @@ pub(crate) struct PingArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]
 pub(crate) struct ConnectArgs {
-    /// The server: HOST, HOST:PORT, a whole udpack:// URL, or the name of one that `login` stored. Default: UDPACK_URL, else this machine.
+    /// The server: HOST, HOST:PORT, a whole udpack:// URL, or a name that `login` stored. Default: UDPACK_URL, else
+    /// this machine.
     #[arg(long, value_name = "HOST[:PORT]|URL|NAME")]
     pub(crate) to: Option<String>,
 
-    /// The server came from the configuration.
+    /// Set if the server came from the configuration file.
     #[arg(skip)]
     pub(crate) named: bool,
 
-    /// Where to look for the server's public key and the token.
+    /// The directory with the server's public key and the token.
     #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
     pub(crate) keys: PathBuf,
 
-    /// A file that holds the token. Default: UDPACK_TOKEN, else KEYS/token.
+    /// The file with the token. Default: UDPACK_TOKEN, else KEYS/token.
     #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// The fingerprint of the key the server must have. Default: the URL's, else that of KEYS/pubkey.pem, else
-    /// a certificate of an authority this system trusts.
+    /// The fingerprint of the server's key. Default: the one in the URL, else that of KEYS/pubkey.pem; else the server
+    /// needs a certificate of an authority that this system trusts.
     #[arg(long, value_name = "HEX")]
     pub(crate) fingerprint: Option<Fingerprint>,
 
-    /// What to connect over. Default: auto, which tries both at once for a day where TCP was needed.
+    /// The transport. Default: auto; for a day after TCP was needed, it tries both at once.
     #[arg(long, value_enum, env = "UDPACK_TRANSPORT", hide_short_help = true)]
     pub(crate) transport: Option<TransportArg>,
 
-    /// The HTTP proxy that the way over TCP leads through, `[http://][USER[:PASSWORD]@]HOST[:PORT]`. Default:
-    /// https_proxy, HTTPS_PROXY, all_proxy or ALL_PROXY. Not for the servers in no_proxy or NO_PROXY. A password is
-    /// safer in a variable: arguments show in the list of processes.
+    /// The HTTP proxy for connections over TCP, `[http://][USER[:PASSWORD]@]HOST[:PORT]`. Default: https_proxy,
+    /// HTTPS_PROXY, all_proxy or ALL_PROXY, except for servers in no_proxy or NO_PROXY. A password is safer in a
+    /// variable: other users can see arguments.
     #[arg(long, value_name = "URL", hide_short_help = true)]
     pub(crate) proxy: Option<String>,
 
@@ -1319,7 +1316,7 @@ pub(crate) struct ConnectArgs {
     )]
     pub(crate) connect_timeout: Seconds,
 
-    /// Write what QUIC does into this directory, a qlog file for each connection.
+    /// Write a qlog file of each QUIC connection into this directory.
     #[arg(long, value_name = "DIR", env = "UDPACK_QLOG", hide_short_help = true)]
     pub(crate) qlog: Option<PathBuf>,
 }
@@ -1328,28 +1325,29 @@ pub(crate) struct ConnectArgs {
 #[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "Output")]
 pub(crate) struct ShowArgs {
-    /// Progress on standard error: `plain` is a line every 5 s; `auto` is a bar on a terminal, else plain.
+    /// How to show progress on standard error: `plain` prints a line every 5 s; `auto` shows a bar on a terminal, else
+    /// plain.
     #[arg(long, value_enum, default_value_t = ProgressArg::Auto, value_name = "STYLE")]
     pub(crate) progress: ProgressArg,
 
-    /// Print results as JSON, one object a line, the last one `result`.
+    /// Print results as JSON, one object per line, the last one `result`.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// How much is logged, and where to.
+/// What is logged, and where.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Output")]
 pub(crate) struct LogArgs {
-    /// Only errors.
+    /// Show only errors.
     #[arg(short, long, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
 
-    /// More of the log on standard error; twice for everything.
+    /// Show more of the log on standard error; twice for everything.
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
 
-    /// Also write a log file here, a new one each day.
+    /// Also write a log file into this directory, a new one each day.
     #[arg(
         long,
         value_name = "DIR",
@@ -1378,118 +1376,44 @@ pub(crate) enum ProgressArg {
     None,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum TransportArg {
-    /// QUIC over UDP; TCP where that does not answer within 300 ms.
-    Auto,
-    /// QUIC over UDP alone.
-    Quic,
-    /// A WebSocket over TCP alone.
-    Wss,
+/// Options with the values of a library's enum.
+macro_rules! value_enums {
+    ($($arg:ident for $of:ident { $($(#[$attr:meta])* $value:ident),+ })+) => {$(
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+        pub(crate) enum $arg {
+            $($(#[$attr])* $value),+
+        }
+
+        impl From<$arg> for $of {
+            fn from(arg: $arg) -> Self {
+                match arg {
+                    $($arg::$value => Self::$value),+
+                }
+            }
+        }
+    )+};
 }
 
-impl From<TransportArg> for TransportChoice {
-    fn from(arg: TransportArg) -> Self {
-        match arg {
-            TransportArg::Auto => Self::Auto,
-            TransportArg::Quic => Self::Quic,
-            TransportArg::Wss => Self::WebSocket,
-        }
+value_enums! {
+    CcArg for CongestionControl { Auto, Cubic, Bbr, #[value(name = "newreno")] NewReno }
+    DeltaArg for Delta { Auto, Always, Never }
+    FsyncArg for SyncPolicy { Auto, Always, Never }
+    IfExistsArg for IfExists { Same, Error, Skip, Overwrite, Rename }
+    NamesArg for Names { Any, Portable }
+    OverwriteArg for Overwrite { Never, Rename, Always }
+    PriorityArg for Priority { Bulk, Normal, High }
+    TransportArg for TransportChoice {
+        /// QUIC over UDP; a WebSocket over TCP if UDP brings no answer within 300 ms.
+        Auto,
+        /// Only QUIC over UDP.
+        Quic,
+        /// Only a WebSocket over TCP.
+        #[value(name = "wss")]
+        WebSocket
     }
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum CcArg {
-    Auto,
-    Cubic,
-    Bbr,
-    Newreno,
-}
-
-impl From<CcArg> for CongestionControl {
-    fn from(arg: CcArg) -> Self {
-        match arg {
-            CcArg::Auto => Self::Auto,
-            CcArg::Cubic => Self::Cubic,
-            CcArg::Bbr => Self::Bbr,
-            CcArg::Newreno => Self::NewReno,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum PriorityArg {
-    Bulk,
-    Normal,
-    High,
-}
-
-impl From<PriorityArg> for Priority {
-    fn from(arg: PriorityArg) -> Self {
-        match arg {
-            PriorityArg::Bulk => Self::Bulk,
-            PriorityArg::Normal => Self::Normal,
-            PriorityArg::High => Self::High,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum FsyncArg {
-    Auto,
-    Always,
-    Never,
-}
-
-impl From<FsyncArg> for SyncPolicy {
-    fn from(arg: FsyncArg) -> Self {
-        match arg {
-            FsyncArg::Auto => Self::Auto,
-            FsyncArg::Always => Self::Always,
-            FsyncArg::Never => Self::Never,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum OverwriteArg {
-    Never,
-    Rename,
-    Always,
-}
-
-impl From<OverwriteArg> for Overwrite {
-    fn from(arg: OverwriteArg) -> Self {
-        match arg {
-            OverwriteArg::Never => Self::Never,
-            OverwriteArg::Rename => Self::Rename,
-            OverwriteArg::Always => Self::Always,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum IfExistsArg {
-    Same,
-    Error,
-    Skip,
-    Overwrite,
-    Rename,
-}
-
-impl From<IfExistsArg> for IfExists {
-    fn from(arg: IfExistsArg) -> Self {
-        match arg {
-            IfExistsArg::Same => Self::Same,
-            IfExistsArg::Error => Self::Error,
-            IfExistsArg::Skip => Self::Skip,
-            IfExistsArg::Overwrite => Self::Overwrite,
-            IfExistsArg::Rename => Self::Rename,
-        }
-    }
-}
-
-/// Why something is ended, as the server takes it.
+/// Parses a reason in the form that servers accept.
 fn reason(text: &str) -> Result<String, String> {
     if text.len() > REASON {
         return Err(format!(
@@ -1503,35 +1427,20 @@ fn reason(text: &str) -> Result<String, String> {
     }
 }
 
-/// Bytes of a reason.
+/// The most bytes of a reason.
 const REASON: usize = 256;
 
-/// A name at the server, which may be any bytes: its text form.
+/// Parses a name at the server, which may consist of any bytes, into its text form.
 fn name() -> impl TypedValueParser<Value = String> {
     OsStringValueParser::new().map(|name| names::from_os(&name).into_owned())
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum NamesArg {
-    Any,
-    Portable,
-}
-
-impl From<NamesArg> for Names {
-    fn from(arg: NamesArg) -> Self {
-        match arg {
-            NamesArg::Any => Self::Any,
-            NamesArg::Portable => Self::Portable,
-        }
-    }
 }
 
 /// Where a file that grows ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Until {
-    /// With so many bytes.
+    /// At this many bytes.
     Size(u64),
-    /// When nothing has come for so long.
+    /// After this long without growth.
     Idle(Duration),
 }
 
@@ -1567,11 +1476,23 @@ impl FromStr for Size {
     }
 }
 
-/// Bytes a second, up and down; `None` is no limit.
+/// Bytes per second, up and down; `None` is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rates {
     pub(crate) up: Option<u64>,
     pub(crate) down: Option<u64>,
+}
+
+impl Rates {
+    /// A new limiter for uploads.
+    pub(crate) fn limit_up(&self) -> Limiter {
+        self.up.map_or_else(Limiter::unlimited, Limiter::new)
+    }
+
+    /// A new limiter for downloads.
+    pub(crate) fn limit_down(&self) -> Limiter {
+        self.down.map_or_else(Limiter::unlimited, Limiter::new)
+    }
 }
 
 impl FromStr for Rates {
@@ -1592,7 +1513,7 @@ impl FromStr for Rates {
     }
 }
 
-/// Slower than this, nothing would arrive within the time an answer may take.
+/// At a lower rate nothing would arrive within the time that an answer may take.
 const LEAST_RATE: u64 = 1024;
 
 /// A length of time with its unit: `90s`, `15m`, `24h`, `7d`.
@@ -1620,7 +1541,7 @@ impl FromStr for Span {
             return Err(FORM);
         }
         let number: u64 = number.parse().map_err(|_| FORM)?;
-        // A century: times that far back still fit every clock.
+        // A time a century ago still fits every clock.
         number
             .checked_mul(each)
             .filter(|secs| *secs <= 100 * 366 * 86_400)

@@ -22,19 +22,43 @@ mod sync;
 mod verify;
 
 pub(crate) use self::producer::end_commands;
-use crate::args::{ClientArgs, ClientCommand};
+use udpack_transfer::{Downloader, Link, Store, Uploader};
+
+use crate::args::{ClientArgs, ClientCommand, PaceArgs};
 use crate::config::Config;
 use crate::logging::{self, Console, Role};
 use crate::pages;
 use crate::signals::Interrupts;
 
-/// The permissions that new files of this process do not get; where the system does not tell, those of others.
+/// The permissions that new files of this process do not get; if the system does not tell, those of group and others.
 fn umask() -> u32 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
     umask
         .and_then(|umask| u32::from_str_radix(umask.trim(), 8).ok())
         .unwrap_or(0o077)
+}
+
+impl PaceArgs {
+    fn uploader(&self, link: &Link) -> Uploader {
+        let uploader = Uploader::new(link)
+            .umask(Some(umask()))
+            .limit(self.bwlimit.limit_up());
+        match self.jobs {
+            Some(jobs) => uploader.lanes(jobs.into()),
+            None => uploader,
+        }
+    }
+
+    fn downloader(&self, link: &Link, store: Store) -> Downloader {
+        let downloader = Downloader::new(link, store)
+            .umask(Some(umask()))
+            .limit(self.bwlimit.limit_down());
+        match self.jobs {
+            Some(jobs) => downloader.lanes(jobs.into()),
+            None => downloader,
+        }
+    }
 }
 
 pub(crate) async fn run(
@@ -92,7 +116,7 @@ pub(crate) async fn run(
     result
 }
 
-/// Finds out which of the configured servers is meant: by `--to NAME`, or by paths such as `NAME:photos`, which lose the name.
+/// Selects a configured server: by `--to NAME`, or by paths such as `NAME:photos`, from which the name is removed.
 fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<()> {
     use ClientCommand as C;
     let connect = match command {
@@ -105,7 +129,7 @@ fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<(
             &mut args.connect
         }
         C::Get(args) => {
-            // The last of two may be `-`, where to.
+            // The last of two paths may be `-`, standard output.
             let paths = args.paths.iter_mut().filter(|path| *path != "-");
             config.take_all(&mut args.connect, paths)?;
             &mut args.connect

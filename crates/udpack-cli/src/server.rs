@@ -15,6 +15,7 @@ use std::io::{self, IsTerminal as _};
 use std::net::SocketAddr;
 use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use listenfd::ListenFd;
@@ -24,7 +25,7 @@ use udpack::{
     Authenticate as _, BindError, CloseCode, ClusterView, Drain, Identity, Limits, Server,
     ServerBuilder, TokenFile, Web, Whom,
 };
-use udpack_transfer::{Control, Limiter, ReceiverConfig, Scope};
+use udpack_transfer::{Control, ReceiverConfig, Scope};
 use udpack_web::{HttpListener, Site};
 
 use crate::args::{ServerArgs, ServerCommand};
@@ -59,24 +60,9 @@ pub(crate) async fn run(args: ServerArgs, given: ListenFd, console: Console) -> 
 async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     let mut interrupts = Interrupts::catch_with_hangup()?;
 
-    // What can be wrong with the arguments is found before anything is made, keys last.
-    let socket = match systemd::inherited(given)? {
-        Some(socket) => {
-            tracing::info!("listening on the socket that was passed; --listen is not used");
-            socket
-        }
-        None => listen(&args.listen).await?,
-    };
-    let hook = match &args.hook {
-        Some(hook) => Some(hook::find(hook).map_err(|error| {
-            Failure::new(
-                Kind::LocalFile,
-                format!("cannot run the hook {}: {error}", hook.display()),
-            )
-            .hint("name an executable file with --hook")
-        })?),
-        None => None,
-    };
+    // All arguments are checked before anything is created, the keys last.
+    let socket = socket(args, given).await?;
+    let hook = args.hook.as_deref().map(hook).transpose()?;
     let scrapes = match &args.metrics {
         Some(address) => Some(scrapes_at(address).await?),
         None => None,
@@ -90,22 +76,14 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     let tcp = tcp(args, socket.local_addr()?, taken).await;
     let qlog = args.qlog.as_ref().map(|dir| qlog_dir(dir)).transpose()?;
     let place = Place::open(args).await?;
-    let limiter = |rate: Option<u64>| rate.map_or_else(Limiter::unlimited, Limiter::new);
     let mut receiver = place
         .receiver(receiving(args))
-        .limit(limiter(args.bwlimit.up), limiter(args.bwlimit.down));
+        .limit(args.bwlimit.limit_up(), args.bwlimit.limit_down());
     if let Some(hook) = hook {
         receiver = receiver.hook(hook::Program::new(&hook, args.hook_timeout.0));
     }
     let identity = Identity::load_or_create(&args.keys)?;
-    let (tokens, first_start) = match &args.token_file {
-        Some(path) => (TokenFile::open(path)?, false),
-        None => {
-            let path = args.keys.join("token");
-            let first_start = !path.exists();
-            (TokenFile::load_or_create(path)?, first_start)
-        }
-    };
+    let (tokens, first_start) = token_file(args)?;
     #[cfg(feature = "web")]
     let link = web.as_ref().map(|port| port.link(args));
     #[cfg(not(feature = "web"))]
@@ -173,6 +151,37 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The UDP socket that the service manager passed, or a new one.
+async fn socket(args: &ServerArgs, given: ListenFd) -> anyhow::Result<UdpSocket> {
+    match systemd::inherited(given)? {
+        Some(socket) => {
+            tracing::info!("listening on the socket that was passed; --listen is not used");
+            Ok(socket)
+        }
+        None => Ok(listen(&args.listen).await?),
+    }
+}
+
+/// Finds the program of `--hook`.
+fn hook(program: &Path) -> anyhow::Result<PathBuf> {
+    hook::find(program).map_err(|error| {
+        let text = format!("cannot run the hook {}: {error}", program.display());
+        Failure::new(Kind::LocalFile, text)
+            .hint("name an executable file with --hook")
+            .into()
+    })
+}
+
+/// The tokens, and whether their file was created now.
+fn token_file(args: &ServerArgs) -> anyhow::Result<(TokenFile, bool)> {
+    if let Some(path) = &args.token_file {
+        return Ok((TokenFile::open(path)?, false));
+    }
+    let path = args.keys.join("token");
+    let first_start = !path.exists();
+    Ok((TokenFile::load_or_create(path)?, first_start))
 }
 
 /// Makes the server a node of the cluster that `--cluster` names.

@@ -65,7 +65,7 @@ pub(super) async fn run(
         report.planned(name.as_str(), "-", Thing::File, None, fate);
     }
     plan.each(
-        args.transfer.jobs.unwrap_or(SIDE_BY_SIDE),
+        args.transfer.pace.jobs.unwrap_or(SIDE_BY_SIDE),
         |found| look(asks.then(|| remote.clone()), found, policy),
         |outlook| {
             if let Err(error) = &outlook.fate

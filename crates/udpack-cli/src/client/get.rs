@@ -17,8 +17,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use udpack_transfer::{
     Download, Downloader, Entry, Exclude, Fetch, FetchError, Fetched, IfExists, Kind as EntryKind,
-    Limiter, Link, Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError,
-    Wanted, apply_entry, names,
+    Link, Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError, Wanted,
+    apply_entry, names,
 };
 
 use super::producer::Spawned;
@@ -86,7 +86,7 @@ async fn get(
     let mut opened = None;
     let result = target
         .run_link(
-            retry(args.transfer.retries),
+            retry(args.transfer.pace.retries),
             &mut interrupts,
             async |link| {
                 let remote = Remote::new(&link);
@@ -210,17 +210,11 @@ async fn look_up(
 }
 
 fn downloader(args: &GetArgs, link: &Link, store: Store) -> Downloader {
-    let mut downloader = Downloader::new(link, store)
-        .if_exists(args.transfer.if_exists.into())
-        .preserve(args.transfer.preserve)
-        .umask(Some(umask()));
-    if let Some(jobs) = args.transfer.jobs {
-        downloader = downloader.lanes(jobs.into());
-    }
-    if let Some(rate) = args.transfer.bwlimit.down {
-        downloader = downloader.limit(Limiter::new(rate));
-    }
+    let transfer = &args.transfer;
+    let downloader = transfer.pace.downloader(link, store);
     downloader
+        .if_exists(transfer.if_exists.into())
+        .preserve(transfer.preserve)
 }
 
 async fn fetch(
@@ -233,7 +227,7 @@ async fn fetch(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let origins = Origins::default();
-    let (wanted, mut listed) = mpsc::channel::<Wanted>(AHEAD);
+    let (wanted, listed) = mpsc::channel::<Wanted>(AHEAD);
     let (notes, noted) = mpsc::channel(AHEAD);
     let lister = Lister {
         remote: remote.clone(),
@@ -254,21 +248,9 @@ async fn fetch(
         }
     });
     let downloader = downloader(args, link, store.clone());
-    let known = origins.clone();
-    let mut index = 0;
-    let wanted = std::iter::from_fn(move || {
-        let wanted = listed.blocking_recv()?;
-        let origin = Origin {
-            shown: wanted.remote.as_str().to_owned(),
-            what: Thing::File,
-        };
-        known.insert(index, origin);
-        index += 1;
-        Some(wanted)
-    });
     let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
     report.connected(link, &mut meter);
-    let download = downloader.get(wanted);
+    let download = downloader.get(origins.of_downloads(listed));
     let preserve = args.transfer.preserve;
     let finisher = lister.clone();
     drop(lister);
@@ -631,10 +613,8 @@ struct Pouring {
 impl Pouring {
     fn begin(args: &GetArgs, link: &Link, sink: Sink, path: RelPath) -> Self {
         let (tell, progress) = watch::channel(Progress::default());
-        let mut fetch = Fetch::new(link).progress(tell);
-        if let Some(rate) = args.transfer.bwlimit.down {
-            fetch = fetch.limit(Limiter::new(rate));
-        }
+        let limit = args.transfer.pace.bwlimit.limit_down();
+        let fetch = Fetch::new(link).progress(tell).limit(limit);
         let mut writer = Writer { sink, open: None };
         let mut fetching = JoinSet::new();
         fetching.spawn(async move { fetch.read(&path, &mut writer).await });

@@ -4,14 +4,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use udpack_transfer::{Found, Limiter, Remote, Source, TransferError, Uploader, What};
+use udpack_transfer::{Found, Link, Remote, Source, TransferError, What};
 
 use super::dry;
 use super::follow::Follow;
 use super::plan::{Asked, List, Plan, remote_name};
 use super::producer::Producer;
 use super::report::{Origin, Origins, Report, Thing, Transfer};
-use super::umask;
 use crate::args::{IfExistsArg, PutArgs};
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
@@ -85,62 +84,62 @@ async fn put(
     }
     report.expect(plan.files);
     if !clashes {
-        let plan = plan.clone();
-        let clash = blocking(&mut interrupts, move || plan.clash()).await?;
-        if let Some((first, second, name)) = clash {
-            let text = format!(
-                "{} and {} would both be stored as {name}",
-                first.display(),
-                second.display()
-            );
-            return Err(Failure::new(Kind::Usage, text)
-                .hint("send them one by one with --as NAME, or keep both with --if-exists rename")
-                .into());
-        }
+        check_clashes(&plan, &mut interrupts).await?;
     }
     if plan.is_empty() {
         return nothing(args, report);
     }
     let target = Target::find(&args.connect)?.via(&args.transfer.paths)?;
+    let tries = retry(args.transfer.pace.retries);
     if args.dry_run {
-        target
-            .run_link_aloud(
-                retry(args.transfer.retries),
-                &mut interrupts,
-                async |link| dry::run(args, console, &Remote::new(&link), plan, report).await,
-            )
-            .await?;
+        let work = async |link| dry::run(args, console, &Remote::new(&link), plan, report).await;
+        target.run_link_aloud(tries, &mut interrupts, work).await?;
         return nothing(args, report);
     }
     report.start(&target.address(), plan.bytes);
-    target
-        .run_link(
-            retry(args.transfer.retries),
-            &mut interrupts,
-            async |link| {
-                let mut uploader = Uploader::new(&link)
-                    .if_exists(args.transfer.if_exists.into())
-                    .preserve(args.transfer.preserve)
-                    .umask(Some(umask()))
-                    .delta(args.delta.into())
-                    .resume(!args.no_resume);
-                if let Some(jobs) = args.transfer.jobs {
-                    uploader = uploader.lanes(jobs.into());
-                }
-                if let Some(rate) = args.transfer.bwlimit.up {
-                    uploader = uploader.limit(Limiter::new(rate));
-                }
-                let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
-                report.connected(&link, &mut meter);
-                let origins = Origins::default();
-                let upload = uploader.put(sources(plan, args, growing, &origins));
-                report
-                    .follow(Transfer::Up(upload), None, &origins, &mut meter)
-                    .await;
-                nothing(args, report)
-            },
-        )
-        .await
+    let work = async |link| {
+        upload(args, console, &link, plan, growing, report).await;
+        nothing(args, report)
+    };
+    target.run_link(tries, &mut interrupts, work).await
+}
+
+async fn upload(
+    args: &PutArgs,
+    console: &Console,
+    link: &Link,
+    plan: Plan,
+    growing: Option<Follow>,
+    report: &mut Report,
+) {
+    let transfer = &args.transfer;
+    let uploader = transfer.pace.uploader(link);
+    let uploader = uploader
+        .if_exists(transfer.if_exists.into())
+        .preserve(transfer.preserve)
+        .delta(args.delta.into())
+        .resume(!args.no_resume);
+    let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+    report.connected(link, &mut meter);
+    let origins = Origins::default();
+    let upload = uploader.put(sources(plan, args, growing, &origins));
+    report
+        .follow(Transfer::Up(upload), None, &origins, &mut meter)
+        .await;
+}
+
+/// Fails if two files would get the same name at the server.
+async fn check_clashes(plan: &Plan, interrupts: &mut Interrupts) -> anyhow::Result<()> {
+    let plan = plan.clone();
+    let clash = blocking(interrupts, move || plan.clash()).await?;
+    let Some((first, second, name)) = clash else {
+        return Ok(());
+    };
+    let (first, second) = (first.display(), second.display());
+    let text = format!("{first} and {second} would both be stored as {name}");
+    Err(Failure::new(Kind::Usage, text)
+        .hint("send them one by one with --as NAME, or keep both with --if-exists rename")
+        .into())
 }
 
 /// Runs blocking work, and waits for an interrupt meanwhile.
@@ -213,13 +212,5 @@ fn sources(
         };
         (Source::from(found), origin)
     });
-    let origins = origins.clone();
-    stdin
-        .into_iter()
-        .chain(walked)
-        .enumerate()
-        .map(move |(index, (source, origin))| {
-            origins.insert(index, origin);
-            source
-        })
+    origins.of(stdin.into_iter().chain(walked))
 }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use udpack::{Transport, TransportReason};
 use udpack_transfer::{
     Code, Download, Event, FetchError, Fetched, Left, Link, LinkEvent, LinkEvents, OtherTime,
-    Outcome, PathProgress, Progress, TransferError, Upload,
+    Outcome, PathProgress, Progress, TransferError, Upload, Wanted,
 };
 
 use super::failures::Failures;
@@ -60,6 +60,32 @@ impl Thing {
 impl Origins {
     pub(super) fn insert(&self, index: usize, origin: Origin) {
         self.lock().insert(index, origin);
+    }
+
+    /// Records the origin of each item of a transfer as the transfer takes it.
+    pub(super) fn of<T, I>(&self, items: I) -> impl Iterator<Item = T> + Send + use<T, I>
+    where
+        I: Iterator<Item = (T, Origin)> + Send,
+    {
+        let origins = self.clone();
+        items.enumerate().map(move |(index, (item, origin))| {
+            origins.insert(index, origin);
+            item
+        })
+    }
+
+    /// Records the origin of each file of a download. Taking the next one blocks.
+    pub(super) fn of_downloads(
+        &self,
+        mut wanted: mpsc::Receiver<Wanted>,
+    ) -> impl Iterator<Item = Wanted> + Send + use<> {
+        let files = std::iter::from_fn(move || {
+            let wanted = wanted.blocking_recv()?;
+            let shown = wanted.remote.as_str().to_owned();
+            let what = Thing::File;
+            Some((wanted, Origin { shown, what }))
+        });
+        self.of(files)
     }
 
     fn shown(&self, index: usize) -> String {

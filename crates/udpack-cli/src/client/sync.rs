@@ -18,9 +18,8 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use udpack_transfer::{
-    Code, Downloader, Entry, Event, Exclude, Found, IfExists, Kind as EntryKind, Limiter, Link,
-    RelPath, Remote, Source, Store, Time, TransferError, Uploader, Wanted, What, apply_entry,
-    names,
+    Code, Entry, Event, Exclude, Found, IfExists, Kind as EntryKind, Link, RelPath, Remote, Source,
+    Store, Time, TransferError, Uploader, Wanted, What, apply_entry, names,
 };
 
 use self::compare::{Checksum, Comparison, Planned, Shown, Step};
@@ -190,7 +189,7 @@ async fn sync(
         report.fetches();
     }
     let target = Target::find(&args.connect)?.via(&args.paths)?;
-    let tries = retry(args.retries);
+    let tries = retry(args.pace.retries);
     if args.dry_run {
         report.dry();
         let work = async |link: Link| dry(args, console, &link, &way, report).await;
@@ -527,27 +526,16 @@ impl Mirror<'_> {
             }
             Some(store) => {
                 let (tell, told) = mpsc::channel(AHEAD);
-                let (wanted, mut listed) = mpsc::channel(AHEAD);
-                let (root, store) = (self.way.prefix().to_owned(), store.clone());
+                let (wanted, listed) = mpsc::channel(AHEAD);
+                let root = self.way.prefix().to_owned();
                 let mut making = JoinSet::new();
                 if let Some(notes) = notes {
                     making.spawn(pass_on(notes, tell.clone()));
                 }
-                making.spawn(make(store, root, steps, wanted, tell));
-                let known = origins.clone();
-                let mut index = 0;
-                let wanted = std::iter::from_fn(move || {
-                    let wanted: Wanted = listed.blocking_recv()?;
-                    let shown = wanted.remote.as_str().to_owned();
-                    let what = Thing::File;
-                    known.insert(index, Origin { shown, what });
-                    index += 1;
-                    Some(wanted)
-                });
-                let Some(downloader) = self.downloader() else {
-                    return;
-                };
-                let transfer = Transfer::Down(downloader.get(wanted));
+                making.spawn(make(store.clone(), root, steps, wanted, tell));
+                let downloader = self.args.pace.downloader(&self.link, store.clone());
+                let downloader = downloader.if_exists(IfExists::Overwrite).preserve(true);
+                let transfer = Transfer::Down(downloader.get(origins.of_downloads(listed)));
                 let beside = Some(Beside {
                     notes: told,
                     over: oneshot::channel().0,
@@ -558,32 +546,11 @@ impl Mirror<'_> {
     }
 
     fn uploader(&self) -> Uploader {
-        let mut uploader = Uploader::new(&self.link)
+        let uploader = self.args.pace.uploader(&self.link);
+        uploader
             .if_exists(IfExists::Overwrite)
             .delta(self.args.delta.into())
             .preserve(true)
-            .umask(Some(umask()));
-        if let Some(jobs) = self.args.jobs {
-            uploader = uploader.lanes(jobs.into());
-        }
-        if let Some(rate) = self.args.bwlimit.up {
-            uploader = uploader.limit(Limiter::new(rate));
-        }
-        uploader
-    }
-
-    fn downloader(&self) -> Option<Downloader> {
-        let mut downloader = Downloader::new(&self.link, self.store.clone()?)
-            .if_exists(IfExists::Overwrite)
-            .preserve(true)
-            .umask(Some(umask()));
-        if let Some(jobs) = self.args.jobs {
-            downloader = downloader.lanes(jobs.into());
-        }
-        if let Some(rate) = self.args.bwlimit.down {
-            downloader = downloader.limit(Limiter::new(rate));
-        }
-        Some(downloader)
     }
 
     /// The sources to send, step by step.
@@ -593,24 +560,22 @@ impl Mirror<'_> {
         origins: &Origins,
     ) -> impl Iterator<Item = Source> + Send + use<> {
         let (dir, prefix) = (self.way.dir.clone(), self.way.prefix().to_owned());
-        let origins = origins.clone();
-        std::iter::from_fn(move || steps.blocking_recv())
-            .enumerate()
-            .map(move |(index, step)| {
-                let (item, base) = match step {
-                    Step::File(item, base) => (item, base),
-                    Step::Other(item) => (item, None),
-                };
-                let what = thing(&item.entry);
-                let found = found(&dir, &prefix, item);
-                let shown = found.local.display().to_string();
-                origins.insert(index, Origin { shown, what });
-                let base = base.and_then(|base| join(&prefix, &base).parse().ok());
-                match base {
-                    Some(base) => Source::from(found).base(base),
-                    None => Source::from(found),
-                }
-            })
+        let steps = std::iter::from_fn(move || steps.blocking_recv());
+        origins.of(steps.map(move |step| {
+            let (item, base) = match step {
+                Step::File(item, base) => (item, base),
+                Step::Other(item) => (item, None),
+            };
+            let what = thing(&item.entry);
+            let found = found(&dir, &prefix, item);
+            let shown = found.local.display().to_string();
+            let base = base.and_then(|base| join(&prefix, &base).parse().ok());
+            let source = match base {
+                Some(base) => Source::from(found).base(base),
+                None => Source::from(found),
+            };
+            (source, Origin { shown, what })
+        }))
     }
 
     /// Deletes entries of the copy, several in parallel.

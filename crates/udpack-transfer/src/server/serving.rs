@@ -335,32 +335,7 @@ impl<'a> Serving<'a> {
                 let fault = Fault::new(Fault::NO_HANDLER, "no such event on a transfer channel");
                 return self.channel.fault(&message, &fault).await;
             }
-            Err(BadMessage {
-                id: Some(id),
-                event,
-                text,
-            }) => {
-                if self.lane.dropping() == Some(id) {
-                    // The file has its error already: this message was on its way, whether well-formed or not.
-                    return Ok(());
-                }
-                let message = format!("{event}: {text}");
-                if self.lane.malformed(id) {
-                    self.discard(id, JobEnd::Failed(Code::BadMessage, message.clone()));
-                }
-                return self
-                    .refuse(Refusal {
-                        id,
-                        code: Code::BadMessage,
-                        message,
-                    })
-                    .await;
-            }
-            Err(error) => {
-                self.channel
-                    .close(CloseCode::BAD_MESSAGE, error.to_string());
-                return Ok(());
-            }
+            Err(error) => return self.malformed(error).await,
         };
         if let Request::Ack { id, .. } = &request
             && let Some((pulse, _)) = self.files.get(id).and_then(|file| file.writer.as_ref())
@@ -380,6 +355,30 @@ impl<'a> Serving<'a> {
         if asks && !self.entitled() {
             return Ok(());
         }
+        self.act(action, request).await
+    }
+
+    /// Handles a message that cannot be read: fails its file, or closes the lane if that is unknown.
+    async fn malformed(&mut self, error: BadMessage) -> Result<(), SendError> {
+        let Some(id) = error.id else {
+            self.channel
+                .close(CloseCode::BAD_MESSAGE, error.to_string());
+            return Ok(());
+        };
+        if self.lane.dropping() == Some(id) {
+            // The file has its error already: this message was on its way, whether well-formed or not.
+            return Ok(());
+        }
+        let code = Code::BadMessage;
+        let message = format!("{}: {}", error.event, error.text);
+        if self.lane.malformed(id) {
+            self.discard(id, JobEnd::Failed(code, message.clone()));
+        }
+        self.refuse(Refusal { id, code, message }).await
+    }
+
+    /// Carries out what the state machine requires for this request.
+    async fn act(&mut self, action: Action, request: Request) -> Result<(), SendError> {
         match action {
             Action::Begin(offer) => self.begin(offer, None).await,
             Action::Put => match request {
