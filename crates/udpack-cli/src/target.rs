@@ -476,14 +476,6 @@ pub(crate) fn address(url: &ConnectUrl) -> String {
     }
 }
 
-/// What `--transport` calls it.
-pub(crate) fn transport_name(transport: &Transport) -> &'static str {
-    match transport {
-        Transport::WebSocket { .. } => "wss",
-        _ => "quic",
-    }
-}
-
 /// A bound where the number of attempts is the one that counts.
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// How long to wait for the server to hear that we leave.

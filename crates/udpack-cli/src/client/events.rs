@@ -13,7 +13,7 @@ use crate::hub::PING;
 use crate::logging::Console;
 use crate::output;
 use crate::signals::Interrupts;
-use crate::target::{Target, retry, transport_name};
+use crate::target::{Target, retry};
 use crate::value::{Json, Value};
 
 /// One event as `listen` prints it.
@@ -355,7 +355,7 @@ fn change(before: Option<&SocketState>, state: &SocketState) -> Option<String> {
             Some("the server answers again; nothing is lost".to_owned())
         }
         SocketState::TransportChanged { to, why, .. } => {
-            Some(format!("connected over {}: {why}", transport_name(to)))
+            Some(format!("connected over {}: {why}", to.name()))
         }
         SocketState::Connected { resumed: true, .. } => {
             Some("connected again: the session is resumed, nothing is lost".to_owned())

@@ -10,7 +10,7 @@ use crate::hub::PING;
 use crate::json::Line;
 use crate::output;
 use crate::signals::Interrupts;
-use crate::target::{Target, retry, transport_name};
+use crate::target::{Target, retry};
 use crate::value::Value;
 
 #[derive(Debug, Default)]
@@ -89,7 +89,7 @@ async fn ping(
                 let time = began.elapsed();
                 times.add(time);
                 let why = socket.transport_reason();
-                *over = why.map(|why| (transport_name(&socket.transport()), why.to_string()));
+                *over = why.map(|why| (socket.transport().name(), why.to_string()));
                 let written = if args.json {
                     output::json(&json!({ "event": "pong", "number": number, "ms": ms(time) }))
                 } else {

@@ -21,7 +21,6 @@ use crate::json::{FileLine, Line, PathLine};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::{Meter, percent, size};
-use crate::target::transport_name;
 use crate::value::hex;
 use crate::when::utc;
 
@@ -567,7 +566,7 @@ impl Report {
 
     /// Reports that the connection uses this transport.
     fn transport(&mut self, transport: &Transport, why: TransportReason, meter: &mut Meter) {
-        let (name, why) = (transport_name(transport), why.to_string());
+        let (name, why) = (transport.name(), why.to_string());
         meter.over((*transport != Transport::Quic).then(|| format!("{name}: {why}")));
         self.json(&Line::Transport {
             transport: name,

@@ -135,6 +135,15 @@ pub(crate) struct Queue {
     lanes: usize,
 }
 
+/// The names of files and links without an outcome, as hashes.
+#[derive(Debug, Default)]
+struct Names {
+    taken: HashSet<u64>,
+    /// Files and links that wait for another one of the same name, in their order.
+    behind: HashMap<u64, VecDeque<Item>>,
+    hasher: RandomState,
+}
+
 #[derive(Debug)]
 struct State {
     /// Entries that a lane gave back.
@@ -146,11 +155,7 @@ struct State {
     waiting: HashMap<Box<str>, Vec<Item>>,
     /// Directories that wait for nothing any more.
     ripe: VecDeque<Item>,
-    /// Hashes of the names of files and links without an outcome.
-    names: HashSet<u64>,
-    /// Files and links that wait for another one of the same name, in their order.
-    behind: HashMap<u64, VecDeque<Item>>,
-    hasher: RandomState,
+    names: Names,
     /// Entries without an outcome below each path.
     below: HashMap<Box<str>, usize>,
     /// Number of entries in the collections above.
@@ -174,9 +179,7 @@ impl Queue {
                 ready: BTreeMap::new(),
                 waiting: HashMap::new(),
                 ripe: VecDeque::new(),
-                names: HashSet::new(),
-                behind: HashMap::new(),
-                hasher: RandomState::new(),
+                names: Names::default(),
                 below: HashMap::new(),
                 entries: 0,
                 claimed: 0,
@@ -364,11 +367,11 @@ impl State {
         }
         if !item.is_dir() {
             // There are two sources of one name: the policy decides about the second when the first has its outcome.
-            let name = self.hasher.hash_one(item.path());
-            if self.names.insert(name) {
+            let name = self.names.hasher.hash_one(item.path());
+            if self.names.taken.insert(name) {
                 self.ready.insert((item.rank(), item.index), item);
             } else {
-                self.behind.entry(name).or_default().push_back(item);
+                self.names.behind.entry(name).or_default().push_back(item);
             }
         } else if self.below.contains_key(item.path()) {
             let path = item.path().into();
@@ -398,14 +401,14 @@ impl State {
 
     /// Releases the next entry of this name, if there is one.
     fn follow(&mut self, path: &str) -> bool {
-        let name = self.hasher.hash_one(path);
-        let Some(items) = self.behind.get_mut(&name) else {
-            self.names.remove(&name);
+        let name = self.names.hasher.hash_one(path);
+        let Some(items) = self.names.behind.get_mut(&name) else {
+            self.names.taken.remove(&name);
             return false;
         };
         let next = items.pop_front();
         if items.is_empty() {
-            self.behind.remove(&name);
+            self.names.behind.remove(&name);
         }
         next.is_some_and(|item| {
             self.ready.insert((item.rank(), item.index), item);
@@ -447,11 +450,11 @@ impl State {
         if let Some((_, item)) = self.later.pop() {
             return Some(item);
         }
-        if let Some(name) = self.behind.keys().next().copied() {
-            let mut items = self.behind.remove(&name)?;
+        if let Some(name) = self.names.behind.keys().next().copied() {
+            let mut items = self.names.behind.remove(&name)?;
             let item = items.pop_front();
             if !items.is_empty() {
-                self.behind.insert(name, items);
+                self.names.behind.insert(name, items);
             }
             return item;
         }
@@ -711,7 +714,9 @@ mod tests {
         y.settle();
         assert!(matches!(queue.take().await, Next::Over));
         let state = queue.lock();
-        assert!(state.names.is_empty() && state.behind.is_empty() && state.below.is_empty());
+        assert!(
+            state.names.taken.is_empty() && state.names.behind.is_empty() && state.below.is_empty()
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -25,10 +25,9 @@ use crate::base::path::RelPath;
 pub struct Partial {
     pub(super) body: Arc<Body>,
     size: Option<u64>,
-    if_exists: IfExists,
+    naming: Naming,
     /// Permission bits that the staging file has.
     mode: u32,
-    dirs: Box<[u32]>,
     /// `None` only while it is being dropped.
     reservation: Option<Reservation>,
     hasher: Box<blake3::Hasher>,
@@ -43,12 +42,32 @@ pub struct Partial {
     offered: Vec<(u64, u64)>,
     /// The start and the end of bytes written out of order; none of them is durable.
     early: Option<Box<(u64, u64)>>,
-    /// Bytes written since the last checkpoint was begun, and when the first of them came.
-    pub(super) unsynced: u64,
-    since: Option<Instant>,
+    pub(super) unsynced: Unsynced,
     broken: bool,
     /// Whether the received bytes do not match the announcement, so that the upload is not resumable.
     doomed: bool,
+}
+
+/// How a complete file gets its name.
+#[derive(Debug)]
+struct Naming {
+    if_exists: IfExists,
+    /// Permission bits of directories that must be created.
+    dirs: Box<[u32]>,
+}
+
+/// Bytes written since the last checkpoint was begun, and when the first of them came.
+#[derive(Debug, Default)]
+pub(super) struct Unsynced {
+    pub(super) bytes: u64,
+    since: Option<Instant>,
+}
+
+impl Unsynced {
+    fn add(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.since.get_or_insert_with(Instant::now);
+    }
 }
 
 /// A durable range of an interrupted upload.
@@ -268,9 +287,11 @@ impl Partial {
         Ok(Self {
             body: Arc::new(body),
             size: new.size,
-            if_exists: new.if_exists,
+            naming: Naming {
+                if_exists: new.if_exists,
+                dirs: new.dirs.into(),
+            },
             mode,
-            dirs: new.dirs.into(),
             reservation: Some(reservation),
             hasher: Box::default(),
             snapshot: None,
@@ -279,8 +300,7 @@ impl Partial {
             ahead: found.ranges,
             offered: Vec::new(),
             early: None,
-            unsynced: 0,
-            since: None,
+            unsynced: Unsynced::default(),
             broken: false,
             doomed: false,
         })
@@ -460,8 +480,7 @@ impl Partial {
         self.position = total;
         self.body.position.store(total, Ordering::Release);
         if self.resumable() && len > 0 {
-            self.unsynced = self.unsynced.saturating_add(len);
-            self.since.get_or_insert_with(Instant::now);
+            self.unsynced.add(len);
         }
         Ok(())
     }
@@ -529,15 +548,14 @@ impl Partial {
     /// A checkpoint, if one is due (after 64 MiB or one second) and none is running. Never for an upload that is not
     /// [resumable](Self::resumable).
     pub fn checkpoint(&mut self) -> Option<Checkpoint> {
-        let since = self.since?;
-        if self.unsynced < CHECKPOINT_BYTES && since.elapsed() < CHECKPOINT_EVERY {
+        let since = self.unsynced.since?;
+        if self.unsynced.bytes < CHECKPOINT_BYTES && since.elapsed() < CHECKPOINT_EVERY {
             return None;
         }
         if self.check().is_err() || self.body.running.swap(true, Ordering::AcqRel) {
             return None;
         }
-        self.unsynced = 0;
-        self.since = None;
+        self.unsynced = Unsynced::default();
         Some(Checkpoint {
             body: self.body.clone(),
         })
@@ -547,8 +565,7 @@ impl Partial {
     /// [resumable](Self::resumable).
     pub(crate) fn make_durable(&mut self) -> Result<(), StoreError> {
         self.check()?;
-        self.unsynced = 0;
-        self.since = None;
+        self.unsynced = Unsynced::default();
         let mut work = self.body.work();
         let made = self.body.make_durable(&mut work);
         made.map_err(|()| StoreError::Broken)
@@ -638,8 +655,8 @@ impl Partial {
             path: body.path.clone(),
             size: self.position,
             hash: got,
-            if_exists: self.if_exists,
-            dirs: std::mem::take(&mut self.dirs),
+            if_exists: self.naming.if_exists,
+            dirs: std::mem::take(&mut self.naming.dirs),
             other_time,
             sync,
             losses: body.losses,
@@ -735,8 +752,7 @@ impl Partial {
         self.body.position.store(offset, Ordering::Release);
         if self.early.as_ref().is_some_and(|early| early.0 < offset) {
             if self.resumable() {
-                self.unsynced = self.unsynced.saturating_add(offset - before);
-                self.since.get_or_insert_with(Instant::now);
+                self.unsynced.add(offset - before);
             }
             return Ok(());
         }

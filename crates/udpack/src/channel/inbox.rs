@@ -66,6 +66,11 @@ struct State {
     alarm: Option<Pin<Box<Sleep>>>,
     /// How many messages are not added to `counts` yet.
     uncounted: u64,
+    wake: WakeAll,
+}
+
+/// The tasks that wait on an inbox, and the waker that wakes all of them.
+struct WakeAll {
     waiters: Arc<Waiters>,
     waker: Waker,
 }
@@ -288,8 +293,10 @@ impl Inbox {
             progress: Progress::default(),
             alarm: None,
             uncounted: 0,
-            waiters: waiters.clone(),
-            waker,
+            wake: WakeAll {
+                waiters: waiters.clone(),
+                waker,
+            },
         };
         Self {
             state: Mutex::new(state),
@@ -784,7 +791,7 @@ impl State {
             }
             // The waker is added before QUIC is polled: data that arrives right after QUIC returned `Pending` wakes
             // only the wakers that are registered by then.
-            self.waiters.add(cx.waker());
+            self.wake.waiters.add(cx.waker());
             match self.poll_read(carrier) {
                 Poll::Ready(Ok(0)) => {
                     let decided = self.decided.get_mut();
@@ -859,7 +866,10 @@ impl State {
         };
         // This wait is not the peer's fault.
         self.progress.timer = None;
-        let taken = std::task::ready!(turn.as_mut().poll(&mut Context::from_waker(&self.waker)));
+        let taken = std::task::ready!(
+            turn.as_mut()
+                .poll(&mut Context::from_waker(&self.wake.waker))
+        );
         room.turn = None;
         match taken {
             Ok(place) => {
@@ -887,7 +897,7 @@ impl State {
     }
 
     fn poll_chunks<const N: usize>(&mut self, carrier: &Carrier) -> Poll<Result<usize, Ending>> {
-        let mut cx = Context::from_waker(&self.waker);
+        let mut cx = Context::from_waker(&self.wake.waker);
         let mut chunks: [Bytes; N] = std::array::from_fn(|_| Bytes::new());
         // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
         let read = match &mut self.stream {
@@ -953,7 +963,7 @@ impl State {
             return Poll::Pending;
         }
         self.progress
-            .poll(&mut Context::from_waker(&self.waker), carrier)
+            .poll(&mut Context::from_waker(&self.wake.waker), carrier)
     }
 
     /// Ready at this time. One timer serves all waiting tasks, and is moved only to an earlier time: setting a timer
@@ -971,7 +981,8 @@ impl State {
             None => self.alarm.insert(Box::pin(tokio::time::sleep_until(until))),
         };
         // The task's budget does not apply: the timer would not be polled again before it has woken the task.
-        pin!(tokio::task::unconstrained(alarm.as_mut())).poll(&mut Context::from_waker(&self.waker))
+        pin!(tokio::task::unconstrained(alarm.as_mut()))
+            .poll(&mut Context::from_waker(&self.wake.waker))
     }
 
     fn ended(&mut self, end: Ending) -> Ending {

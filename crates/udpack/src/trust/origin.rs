@@ -200,6 +200,15 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// Its name: `quic`, `webtransport` or `wss`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::WebTransport { .. } => "webtransport",
+            Self::WebSocket { .. } => "wss",
+        }
+    }
+
     /// The origin of the page at the other end, if there is one.
     pub fn origin(&self) -> Option<&str> {
         match self {

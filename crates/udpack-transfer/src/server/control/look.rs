@@ -271,10 +271,8 @@ fn busiest(sockets: &[Socket]) -> Vec<SocketStats> {
             peer: socket.peer().id().to_owned(),
             address: socket.remote_address().to_string(),
             transport: match socket.transport() {
-                Transport::Quic => "quic",
-                Transport::WebTransport { .. } => "webtransport",
                 Transport::WebSocket { .. } => "websocket",
-                _ => "other",
+                other => other.name(),
             }
             .to_owned(),
             agent: socket.agent(),

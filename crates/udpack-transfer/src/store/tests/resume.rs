@@ -1216,7 +1216,7 @@ fn noise(len: usize) -> Vec<u8> {
 
 /// As if the time for a checkpoint had passed.
 pub(super) fn make_due(partial: &mut Partial) {
-    partial.unsynced = u64::MAX;
+    partial.unsynced.bytes = u64::MAX;
 }
 
 fn due(partial: &mut Partial) -> Checkpoint {

@@ -121,12 +121,7 @@ impl Stream {
 
     /// How many messages may wait in the log.
     fn window(&self) -> Option<u64> {
-        match self.policy {
-            _ if self.cursor < self.base => None,
-            Overflow::DropOldest { messages } => Some(messages.max(1) as u64),
-            Overflow::LatestOnly => Some(1),
-            Overflow::DropNewest | Overflow::Disconnect | Overflow::Recover => None,
-        }
+        (self.cursor >= self.base).then(|| self.policy.unread())?
     }
 
     /// Records that the messages up to `to`, `lost` of them for this member, will not be sent.
