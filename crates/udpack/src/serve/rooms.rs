@@ -4,8 +4,8 @@
 //! member in turn; it holds no lock but that member's own. The room's policy decides what happens if a member's queue
 //! is full ([`Overflow`]).
 //!
-//! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then an
-//! outbox, then a room's log, then the list of logs. A seat is dropped with none of them held.
+//! Order of locks: the table, a guest's list of rooms, a room's `sending`, its presence, its list of guests, the tracked
+//! sessions, an outbox, a room's log, the list of logs. A seat is dropped with none of them held.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
