@@ -25,9 +25,10 @@ use crate::base::path::RelPath;
 pub struct Partial {
     pub(super) body: Arc<Body>,
     size: Option<u64>,
-    naming: Naming,
+    if_exists: IfExists,
     /// Permission bits that the staging file has.
     mode: u32,
+    dirs: Box<[u32]>,
     /// `None` only while it is being dropped.
     reservation: Option<Reservation>,
     hasher: Box<blake3::Hasher>,
@@ -36,10 +37,7 @@ pub struct Partial {
     position: u64,
     /// The end of the staging file's content, in bytes.
     end: u64,
-    /// Durable ranges beyond `position`, from the journal at the beginning of the upload.
-    ahead: Vec<(u64, u64)>,
-    /// The ranges that need not be sent, merged: reported durable ranges, and bytes written out of order.
-    offered: Vec<(u64, u64)>,
+    ranges: Ranges,
     /// The start and the end of bytes written out of order; none of them is durable.
     early: Option<Box<(u64, u64)>>,
     pub(super) unsynced: Unsynced,
@@ -48,12 +46,12 @@ pub struct Partial {
     doomed: bool,
 }
 
-/// How a complete file gets its name.
 #[derive(Debug)]
-struct Naming {
-    if_exists: IfExists,
-    /// Permission bits of directories that must be created.
-    dirs: Box<[u32]>,
+struct Ranges {
+    /// Durable ranges beyond the position, from the journal at the beginning of the upload.
+    ahead: Vec<(u64, u64)>,
+    /// The ranges that need not be sent, merged: reported durable ranges, and bytes written out of order.
+    offered: Vec<(u64, u64)>,
 }
 
 /// Bytes written since the last checkpoint was begun, and when the first of them came.
@@ -287,18 +285,18 @@ impl Partial {
         Ok(Self {
             body: Arc::new(body),
             size: new.size,
-            naming: Naming {
-                if_exists: new.if_exists,
-                dirs: new.dirs.into(),
-            },
+            if_exists: new.if_exists,
             mode,
+            dirs: new.dirs.into(),
             reservation: Some(reservation),
             hasher: Box::default(),
             snapshot: None,
             position: 0,
             end: found.held,
-            ahead: found.ranges,
-            offered: Vec::new(),
+            ranges: Ranges {
+                ahead: found.ranges,
+                offered: Vec::new(),
+            },
             early: None,
             unsynced: Unsynced::default(),
             broken: false,
@@ -414,7 +412,7 @@ impl Partial {
         self.pass();
         let limit = self.size.unwrap_or(u64::MAX);
         let mut known = vec![(0, self.body.safe.load(Ordering::Acquire))];
-        known.extend(self.ahead.iter().copied());
+        known.extend(self.ranges.ahead.iter().copied());
         let known = merged(known);
         let mut have = Vec::new();
         let mut offered = Vec::new();
@@ -452,7 +450,7 @@ impl Partial {
             }
         }
         self.snapshot = whole.filter(|whole| whole.count() > 0);
-        self.offered = merged(offered);
+        self.ranges.offered = merged(offered);
         Ok(have)
     }
 
@@ -497,8 +495,8 @@ impl Partial {
         self.put(offset, bytes)?;
         let early = self.early.get_or_insert_with(|| Box::new((offset, end)));
         **early = (early.0.min(offset), early.1.max(end));
-        self.offered.push((offset, end));
-        self.offered = merged(std::mem::take(&mut self.offered));
+        self.ranges.offered.push((offset, end));
+        self.ranges.offered = merged(std::mem::take(&mut self.ranges.offered));
         Ok(())
     }
 
@@ -655,8 +653,8 @@ impl Partial {
             path: body.path.clone(),
             size: self.position,
             hash: got,
-            if_exists: self.naming.if_exists,
-            dirs: std::mem::take(&mut self.naming.dirs),
+            if_exists: self.if_exists,
+            dirs: std::mem::take(&mut self.dirs),
             other_time,
             sync,
             losses: body.losses,
@@ -701,6 +699,7 @@ impl Partial {
         offset == self.position
             || offset > self.position
                 && self
+                    .ranges
                     .offered
                     .iter()
                     .any(|(start, end)| *start <= self.position && offset <= *end)
@@ -767,7 +766,7 @@ impl Partial {
     /// Removes durable ranges before the position: bytes written there become durable with the next sync.
     fn pass(&mut self) {
         let position = self.position;
-        self.ahead.retain_mut(|(start, end)| {
+        self.ranges.ahead.retain_mut(|(start, end)| {
             *start = (*start).max(position);
             *start < *end
         });
@@ -778,7 +777,8 @@ impl Drop for Partial {
     fn drop(&mut self) {
         let healthy = !self.doomed && self.check().is_ok();
         let mut last = self.body.last();
-        last.keep = healthy && self.resumable() && (self.position > 0 || !self.ahead.is_empty());
+        last.keep =
+            healthy && self.resumable() && (self.position > 0 || !self.ranges.ahead.is_empty());
         last.reservation = self.reservation.take();
     }
 }
