@@ -76,6 +76,7 @@ fn check(message: &Message) {
     if let Some(goaway) = kept(GoAway::decode(message), "$goaway", message) {
         accepted += 1;
         assert_printable(&goaway.text);
+        assert_printable(goaway.address.as_deref().unwrap_or_default());
     }
     if let Some(channels) = kept(Channels::decode(message), "$channels", message) {
         accepted += 1;

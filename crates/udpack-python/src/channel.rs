@@ -714,7 +714,7 @@ impl PyPresence {
         }
     }
 
-    /// Takes an event in; `(joins, leaves)`, lists of `(peer, session, meta)`, or `None` if it is about something else.
+    /// Takes an event in; `(joins, leaves, why)`, lists of `(peer, session, meta)` and a word, or `None` if it is about something else.
     fn apply(
         &mut self,
         py: Python<'_>,
@@ -728,11 +728,14 @@ impl PyPresence {
         let Ok(message) = Message::decode(frame.slice(udpack::wire::PREFIX..)) else {
             return Ok(None);
         };
-        let Some(PresenceDiff { joins, leaves, .. }) = self.map.apply(&message) else {
+        let Some(PresenceDiff {
+            joins, leaves, why, ..
+        }) = self.map.apply(&message)
+        else {
             return Ok(None);
         };
-        let both = PyTuple::new(py, [entries(py, &joins)?, entries(py, &leaves)?])?;
-        Ok(Some(both.into_any().unbind()))
+        let change = (entries(py, &joins)?, entries(py, &leaves)?, why);
+        Ok(Some(change.into_pyobject(py)?.into_any().unbind()))
     }
 
     #[getter]

@@ -355,6 +355,7 @@ fn state<'py>(py: Python<'py>, state: &SocketState) -> PyResult<Bound<'py, PyDic
         SocketState::GoingAway(goaway) => {
             dict.set_item("text", &goaway.text)?;
             dict.set_item("retry_after", seconds(&goaway.retry_after))?;
+            dict.set_item("address", &goaway.address)?;
             "going_away"
         }
         SocketState::Silent { .. } => "silent",

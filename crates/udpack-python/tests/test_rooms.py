@@ -75,9 +75,14 @@ async def test_presence_tells_who_is_there():
             assert hall.metas("ann") == [{"mood": "fine"}]
             assert hall.apply("said", "x") is None
             assert await ann.request("gone") is True
-            joins, leaves = hall.apply(*await in_time(bob.recv()))
-            assert (joins, [entry.peer for entry in leaves]) == ([], ["ann"])
+            change = hall.apply(*await in_time(bob.recv()))
+            joins, leaves = change
+            assert (joins, [entry.peer for entry in leaves], change.why) == ([], ["ann"], None)
             assert hall.peers == []
+            ann = {"peer": "ann", "session": "1", "meta": None}
+            assert hall.apply("presence_diff", {"room": "hall", "joins": [ann], "leaves": []}).joins[0].peer == "ann"
+            change = hall.apply("presence_diff", {"room": "hall", "joins": [], "leaves": [ann], "why": "node_lost"})
+            assert (change.joins, change.leaves[0].session, change.why) == ([], "1", "node_lost")
 
 
 async def test_volatile_messages_reach_the_others():

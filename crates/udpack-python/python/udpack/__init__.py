@@ -25,7 +25,7 @@ from . import _udpack
 from ._client import Channel, Connecting, ItemStream, Message, Presence, Socket, Subscription, connect
 from ._server import Admission, Call, Member, Room, Server
 from ._transfer import download, listing, remove, upload
-from ._types import CLOSE_CODES, CloseReason, Entry, Outcome, Position, PresenceEntry, Progress, Sent, State, Volatile
+from ._types import CLOSE_CODES, CloseReason, Entry, Outcome, Position, PresenceChange, PresenceEntry, Progress, Sent, State, Volatile
 from ._udpack import DEFAULT_PORT, Timestamp, __version__
 from .errors import (
     AuthError, BindError, ClosedError, ConnectError, EncodeError, Fault, ForkedError, Gap, NoHandlerError, OpenError,
@@ -37,7 +37,7 @@ os.register_at_fork(after_in_child=_udpack.forked)
 __all__ = [
     "CLOSE_CODES", "DEFAULT_PORT", "Admission", "AuthError", "BindError", "Call", "Channel", "CloseReason",
     "ClosedError", "ConnectError", "Connecting", "EncodeError", "Entry", "Fault", "ForkedError", "Gap", "ItemStream",
-    "Member", "Message", "NoHandlerError", "OpenError", "Outcome", "Position", "Presence", "PresenceEntry", "Progress",
+    "Member", "Message", "NoHandlerError", "OpenError", "Outcome", "Position", "Presence", "PresenceChange", "PresenceEntry", "Progress",
     "ProtocolError", "RequestCancelledError", "RequestError", "RequestTimeoutError", "Room", "RoomError", "Sent",
     "Server", "Socket", "State", "Subscription", "Timestamp", "TransferError", "UdpackError", "Volatile", "__version__", "connect",
     "download", "listing", "remove", "upload",

@@ -9,7 +9,7 @@ from typing import Any, AsyncIterable, AsyncIterator, Generator, Iterable, Mappi
 
 from . import _udpack
 from ._bridge import run
-from ._types import CloseReason, Position, PresenceEntry, State, Volatile
+from ._types import CloseReason, Position, PresenceChange, PresenceEntry, State, Volatile
 from .errors import ClosedError, OpenError
 
 __all__ = ["Channel", "Connecting", "ItemStream", "Message", "Presence", "Socket", "Subscription", "connect"]
@@ -612,13 +612,13 @@ class Presence:
         self._core = _udpack.PresenceMap(room)
         self.room = room
 
-    def apply(self, event: str, data: Any) -> tuple[list[PresenceEntry], list[PresenceEntry]] | None:
+    def apply(self, event: str, data: Any) -> PresenceChange | None:
         """Takes a message in; gives who joined and who left, or ``None`` for a message about something else."""
         changed = self._core.apply(event, data)
         if changed is None:
             return None
-        joins, leaves = changed
-        return [PresenceEntry(*entry) for entry in joins], [PresenceEntry(*entry) for entry in leaves]
+        joins, leaves, why = changed
+        return PresenceChange([PresenceEntry(*entry) for entry in joins], [PresenceEntry(*entry) for entry in leaves], why)
 
     @property
     def peers(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from . import _udpack
 
-__all__ = ["CloseReason", "Entry", "Outcome", "Position", "PresenceEntry", "Progress", "Sent", "State", "Volatile", "CLOSE_CODES"]
+__all__ = ["CloseReason", "Entry", "Outcome", "Position", "PresenceChange", "PresenceEntry", "Progress", "Sent", "State", "Volatile", "CLOSE_CODES"]
 
 #: The number of each close code of the protocol, by name.
 CLOSE_CODES: dict[str, int] = {name: number for number, name, _ in _udpack.close_codes()}
@@ -72,6 +72,28 @@ class PresenceEntry(NamedTuple):
     peer: str
     session: str
     meta: Any
+
+
+class PresenceChange(tuple[list[PresenceEntry], list[PresenceEntry]]):
+    """What one message changed: ``joins, leaves = change``. ``why`` says why all of ``leaves`` have left, where the server says it:
+    ``"node_lost"`` when the server that they were on is out of reach for the others."""
+
+    why: str | None
+
+    def __new__(cls, joins: list[PresenceEntry], leaves: list[PresenceEntry], why: str | None) -> "PresenceChange":
+        change = super().__new__(cls, (joins, leaves))
+        change.why = why
+        return change
+
+    @property
+    def joins(self) -> list[PresenceEntry]:
+        """Those who came; a new meta is a leave and a join."""
+        return self[0]
+
+    @property
+    def leaves(self) -> list[PresenceEntry]:
+        """Those who went."""
+        return self[1]
 
 
 @dataclass(frozen=True)
