@@ -2,7 +2,7 @@
 # Everything that docs/BENCHMARKS.md shows: builds, measures, fills the document and draws its charts. As root, on a
 # machine with nothing else to do, an hour and a quarter.
 #
-#   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document; also: browser networks
+#   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document; also: browser networks sync
 # ROUNDS, BIN, RESULTS: see bench/lib.sh. A part that fails does not keep the others from running.
 set -eu
 cd "$(dirname "$0")/.."
@@ -54,7 +54,9 @@ part() {
       ;;
     fast-links) script bench/wan.sh 500M-20ms-0.1 1G-10ms-0 ;;
     interference) script bench/interference.sh ;;
-    # Not among the default parts: they need Chromium, Node and what bench/browser/peers.mjs names.
+    # Not among the default parts: it prints its verdicts and fills nothing.
+    sync) script bench/sync.sh ;;
+    # Nor are these: they need Chromium, Node and what bench/browser/peers.mjs names.
     browser)
       script node bench/browser/streams.mjs --bin "$bin" --rounds "$rounds" --results "$results"
       script node bench/browser/peers.mjs --bin "$bin" --rounds "$rounds" --results "$results"

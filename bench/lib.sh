@@ -1,4 +1,4 @@
-# What the comparisons with other programs share; sourced by peers.sh, wan.sh, fairness.sh and small-files.sh.
+# What the comparisons with other programs share; sourced by peers.sh, wan.sh, fairness.sh, small-files.sh and sync.sh.
 #
 # BIN       where udpack-server, udpack-client and udpack-bench are; default: target/release
 # ROUNDS    how often every way is taken; default 5. In a round each way has one turn.
@@ -118,12 +118,13 @@ side_by_side() {
   [ "$at_once" -eq 1 ] || for number in $(seq $#); do cat "$work/$number.out"; done
 }
 
-# ---- ours: the server is fresh for each run and listens before the clock starts.
+# ---- ours: the server is fresh for each run and listens before the clock starts. `server_flags` are more of its flags.
+server_flags=()
 udpack_server() {
   rm -f "$work/listening"
   mkfifo "$work/listening"
   "${at_server[@]}" "$bin/udpack-server" --listen "$host:${2:-$((port_base + 1))}" --dir "$1" --keys "$work/keys" --min-free 0 \
-    --max-file none --json -q >"$work/listening" 2>>"$work/udpack.log" &
+    --max-file none --json -q "${server_flags[@]}" >"$work/listening" 2>>"$work/udpack.log" &
   pid=$!
   pids+=("$pid")
   exec 3<"$work/listening"
