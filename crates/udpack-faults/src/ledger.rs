@@ -283,7 +283,8 @@ pub(crate) fn leftovers(root: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-fn hash(path: &Path) -> anyhow::Result<blake3::Hash> {
+/// The hash of a file.
+pub(crate) fn hash(path: &Path) -> anyhow::Result<blake3::Hash> {
     let failed = || format!("cannot read {}", path.display());
     let mut hasher = blake3::Hasher::new();
     hasher
@@ -299,6 +300,6 @@ fn begins_with(path: &Path, len: u64) -> io::Result<blake3::Hash> {
 }
 
 /// The server's own directory in the root.
-const PRIVATE: &str = ".udpack";
+pub(crate) const PRIVATE: &str = ".udpack";
 /// Begins the name of a file by which a starting server tries the file system out.
 const PROBE: &str = ".udpack-probe-";

@@ -1,6 +1,7 @@
 //! Breaks the real programs on purpose and looks what became of the files: `kill` sends SIGKILL at random instants,
-//! `power` cuts the power of the server's file system, `syscalls` fails single system calls of the server. `cluster` breaks
-//! several servers and the broker between them, and looks what became of messages.
+//! `power` cuts the power of the server's file system, `syscalls` fails single system calls of the server, `mirror` edits both
+//! sides of a `sync` and kills it, `pipes` kills what writes into a `put`. `cluster` breaks several servers and the broker between
+//! them, and looks what became of messages.
 //!
 //! Everything random follows from a seed, which is printed first. The times at which things happen are the
 //! machine's, so that a seed replays what is done and not each interleaving.
@@ -9,6 +10,8 @@ mod cluster;
 mod kill;
 mod ledger;
 mod load;
+mod mirror;
+mod pipes;
 mod power;
 mod rig;
 mod rng;
@@ -52,6 +55,10 @@ enum Fault {
     Kill(kill::KillArgs),
     /// Cut the power of the server's file system at random instants; needs root and a loop device.
     Power(power::PowerArgs),
+    /// Edit both sides of a mirror while it runs, and kill it or the server at random instants.
+    Mirror(mirror::MirrorArgs),
+    /// Kill commands that write into an upload, files that grow, servers and clients below them.
+    Pipes(pipes::PipeArgs),
     /// Kill nodes of a cluster, pause and empty its broker, cut nodes off it; needs nats-server.
     Cluster(cluster::ClusterArgs),
     /// Fail each system call of an upload in the server; needs strace.
@@ -87,6 +94,8 @@ fn run(arguments: &Arguments, seed: u64) -> anyhow::Result<bool> {
     match &arguments.fault {
         Fault::Kill(args) => kill::run(args, &rig, rng),
         Fault::Power(args) => power::run(args, &rig, rng),
+        Fault::Mirror(args) => mirror::run(args, &rig, rng),
+        Fault::Pipes(args) => pipes::run(args, &rig, rng),
         Fault::Cluster(args) => cluster::run(args, &rig, rng),
         Fault::Syscalls(args) => syscalls::run(args, rig, rng),
     }

@@ -1,8 +1,9 @@
 //! The programs under test as child processes: started, killed, listened to.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::UdpSocket;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -172,6 +173,51 @@ impl Rig {
             .context("cannot start a client")?;
         let (lines, acks) = follow(child.stdout.take())?;
         Ok(Put { child, lines, acks })
+    }
+
+    /// Starts any command of the client that moves files, with these arguments, in this directory.
+    pub(crate) fn client(&self, port: u16, dir: &Path, arguments: &[&str]) -> anyhow::Result<Put> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.work.join("client.log"))?;
+        let mut command = self.command(CLIENT);
+        let (name, arguments) = arguments.split_first().context("no command")?;
+        command
+            .args([*name, "--json", "--progress", "none"])
+            .args(["--to", &format!("127.0.0.1:{port}")])
+            .args(arguments);
+        let token = self.work.join(TOKEN);
+        if token.exists() {
+            command.arg("--token-file").arg(token);
+        }
+        let mut child = command
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .context("cannot start a client")?;
+        let (lines, acks) = follow(child.stdout.take())?;
+        Ok(Put { child, lines, acks })
+    }
+
+    /// Makes a token that may do everything with files, for [`client`](Self::client).
+    pub(crate) fn token(&self) -> anyhow::Result<()> {
+        let made = self
+            .command(SERVER)
+            .args(["token", "new", "faults", "--scope", "read,write,delete"])
+            .output()?;
+        let told = String::from_utf8_lossy(&made.stdout);
+        let token = told.lines().find_map(|line| line.strip_prefix("token "));
+        let token = token.with_context(|| format!("no token was made: {made:?}"))?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(self.work.join(TOKEN))?;
+        Ok(file.write_all(token.as_bytes())?)
     }
 
     fn command(&self, name: &str) -> Command {
@@ -402,3 +448,4 @@ pub(crate) fn panics(log: &Path) -> Vec<String> {
 const SERVER: &str = "udpack-server";
 const CLIENT: &str = "udpack-client";
 const KEYS: &str = "keys";
+const TOKEN: &str = "token";
