@@ -352,8 +352,8 @@ paths() {
   link_up paths 50 20 0 40
   second_link
   mkdir -p "$work/tree" "$work/in"
-  head -c "$paths_size" /dev/urandom | (cd "$work/tree" && split -b "$((paths_size / 64))" -a 3 -d - f)
-  echo "$row: $paths_size bytes in 64 files, two links of 50 Mbit/s and 40 ms, $rounds rounds"
+  head -c "$paths_size" /dev/urandom | (cd "$work/tree" && split -b "$((paths_size / 256))" -a 3 -d - f)
+  echo "$row: $paths_size bytes in 256 files, two links of 50 Mbit/s and 40 ms, $rounds rounds"
   for round in $(seq "$rounds"); do
     for name in both one; do
       rm -rf "$work/in"
