@@ -103,6 +103,8 @@ struct Membership {
     pace: Option<Box<Pace>>,
     /// Those with a history.
     streams: Vec<Stream>,
+    /// How far it came in those that it has left: the room's number and an offset, the latest last.
+    left: Vec<(u64, u64)>,
     /// The channel's membership, which ends with the channel.
     held: Option<HeldUntilEnd>,
 }

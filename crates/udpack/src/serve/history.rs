@@ -142,7 +142,8 @@ impl Rooms {
 
 impl Channel {
     /// Joins a room as [`join`](Self::join) does, but at `start` in its history and not at the position that the
-    /// channel's opener presented. In a room without a history, `start` has no effect.
+    /// channel's opener presented. In a room without a history, `start` has no effect. A channel that was in the room
+    /// before and begins [`Since`](Start::Since) a position does not get again what it was sent then.
     ///
     /// # Errors
     /// As for [`join`](Self::join).

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Outbox, State};
+use super::{Membership, Outbox, State};
 use crate::base::lock;
 use crate::channel::history::{Entry, Record};
 use crate::channel::overflow::{Overflow, Push};
@@ -17,6 +17,8 @@ use crate::wire::frame::PREFIX;
 
 /// Messages of one room that are queued before the next room's turn.
 const TURN: usize = 64;
+/// Rooms that a channel has left and whose last offset is remembered, at most.
+const MOST_LEFT: usize = 64;
 /// Messages that a channel still sends when it ends.
 const LAST: usize = 1024;
 
@@ -116,6 +118,14 @@ impl Stream {
             until: None,
             behind: true,
             follower,
+        }
+    }
+
+    /// This channel has had what is up to this offset before: whoever asks for what is behind an earlier one had not read
+    /// all of that yet. Asking for the oldest is asking for it again.
+    fn pass_over(&mut self, last: u64) {
+        if matches!(self.follower.since, Since::Position(_)) && !self.foreign {
+            self.cursor = self.cursor.max(last);
         }
     }
 
@@ -243,7 +253,10 @@ impl Outbox {
         match state.stream(record) {
             Some(at) => state.rooms.streams[at].until = None,
             None => {
-                let stream = Stream::new(record.clone(), follower);
+                let mut stream = Stream::new(record.clone(), follower);
+                if let Some(last) = state.rooms.came_back(record.number) {
+                    stream.pass_over(last);
+                }
                 state.rooms.streams.push(stream);
             }
         }
@@ -380,6 +393,7 @@ impl Outbox {
             if stream.behind || stream.until.is_none() {
                 state.rooms.streams.push(stream);
             } else {
+                state.rooms.has_left(&stream);
                 quiet = 0;
             }
             if moved && turn == 1 {
@@ -455,6 +469,20 @@ impl Outbox {
             }
             self.count_dropped(&mut stream);
         }
+    }
+}
+
+impl Membership {
+    fn has_left(&mut self, stream: &Stream) {
+        if self.left.len() == MOST_LEFT {
+            self.left.remove(0);
+        }
+        self.left.push((stream.record.number, stream.cursor));
+    }
+
+    fn came_back(&mut self, number: u64) -> Option<u64> {
+        let at = self.left.iter().position(|(left, _)| *left == number)?;
+        Some(self.left.remove(at).1)
     }
 }
 

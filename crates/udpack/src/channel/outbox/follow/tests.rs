@@ -232,6 +232,11 @@ impl World {
         if !self.follows() {
             // What it is told next is where it begins.
             while self.drain() {}
+            // What this channel had before does not come again.
+            let begin = match begin {
+                Begin::At(offset) => Begin::At(offset.max(self.reader.position.unwrap_or(0))),
+                begin => begin,
+            };
             self.reader.begins.push_back(begin);
         }
         self.member = true;
@@ -281,6 +286,34 @@ impl World {
         self.outbox.written(bytes, messages);
         true
     }
+}
+
+#[test]
+fn a_member_that_joins_again_before_it_has_read_all_gets_nothing_twice() {
+    let mut world = World::new();
+    world.act(Act::Join(0));
+    for _ in 0..3 {
+        world.act(Act::Send(10, false));
+    }
+    // All three are in the queue, and none is read: the program is at the beginning, and comes back from there.
+    world.act(Act::Leave);
+    assert!(!world.follows());
+    let follower = Follower {
+        session: ME.into(),
+        positions: true,
+        limit: LIMIT,
+        since: Since::Position(Position {
+            epoch: world.record.epoch,
+            offset: 0,
+        }),
+    };
+    world.reader.begins.extend([Begin::At(3)]);
+    world.outbox.follow(&world.record, follower);
+    world.outbox.catch_up_now();
+    world.member = true;
+    world.act(Act::Send(10, false));
+    while world.drain() {}
+    assert_eq!(world.reader.at(), 4);
 }
 
 proptest! {
