@@ -233,7 +233,7 @@ impl Source {
             OpenedFrom::File { file, .. } => hash_file(&file, &mut |_| {})
                 .map(Some)
                 .map_err(|error| self.unreadable(error)),
-            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => Ok(None),
+            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) | OpenedFrom::Kept(_) => Ok(None),
         }
     }
 
@@ -266,7 +266,9 @@ impl Source {
         };
         let (size, meta) = match &from {
             OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), Meta::default()),
-            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => (None, Meta::default()),
+            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) | OpenedFrom::Kept(_) => {
+                (None, Meta::default())
+            }
             OpenedFrom::File { metadata, .. } => (Some(metadata.len()), meta(metadata)),
         };
         Ok(Opened {
@@ -336,6 +338,7 @@ pub(crate) struct Opened {
 }
 
 /// Reads a file of a sink. It is used on a thread that may block.
+#[derive(Debug)]
 struct KeptReader {
     stored: Stored,
     at: u64,
@@ -398,6 +401,7 @@ enum OpenedFrom {
     Memory(Bytes),
     Reader(Reader),
     Spooled(Arc<Spool>),
+    Kept(KeptReader),
 }
 
 /// What a reader delivers: in order, chunks and ranges that the server has; then the hash of everything, or an error.
@@ -441,15 +445,14 @@ impl Opened {
         })
     }
 
-    /// A file of a sink, which is sent from its beginning. It must be read within a runtime.
+    /// A file of a sink. It must be read within a runtime.
     pub(crate) fn kept(stored: Stored) -> Self {
         let (path, size, meta) = (stored.path().as_str().into(), stored.size(), stored.meta());
-        let reader: Box<dyn Read + Send> = Box::new(KeptReader { stored, at: 0 });
         Self {
             path,
             size: Some(size),
             meta,
-            from: OpenedFrom::Reader(Reader(Arc::new(Mutex::new(Some(reader))))),
+            from: OpenedFrom::Kept(KeptReader { stored, at: 0 }),
             hasher: Box::default(),
             samples: Samples::default(),
         }
@@ -459,7 +462,7 @@ impl Opened {
     pub(crate) fn head(&mut self, most: usize) -> Result<Bytes, TransferError> {
         let want = least(self.size.unwrap_or(0), most);
         let head = match &mut self.from {
-            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => Bytes::new(),
+            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) | OpenedFrom::Kept(_) => Bytes::new(),
             OpenedFrom::Memory(bytes) => slice(bytes, 0, want as u64),
             OpenedFrom::File { file, .. } => {
                 let mut head = vec![0; want];
@@ -533,7 +536,10 @@ impl Opened {
                 }
             }
             OpenedFrom::Memory(bytes) if bytes.len() == room.len() => room.copy_from_slice(&bytes),
-            OpenedFrom::Memory(_) | OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => {
+            OpenedFrom::Memory(_)
+            | OpenedFrom::Reader(_)
+            | OpenedFrom::Spooled(_)
+            | OpenedFrom::Kept(_) => {
                 return Err(TransferError::NotAFile { path });
             }
         }
@@ -586,6 +592,20 @@ impl Opened {
                 }
                 pump.send_slice(&bytes, size)?;
             }
+            (OpenedFrom::Kept(mut kept), size) => {
+                let size = size.unwrap_or_default();
+                for (off, end, theirs) in ranges(have, pump.at, size) {
+                    pump.send_kept(&mut kept, off)?;
+                    let hasher = pump.hasher.clone();
+                    if pump.hash(&mut kept, off, end)? == Some(theirs) {
+                        pump.same(end)?;
+                    } else {
+                        (pump.hasher, kept.at) = (hasher, pump.at);
+                        pump.send_kept(&mut kept, end)?;
+                    }
+                }
+                pump.send_kept(&mut kept, size)?;
+            }
             // Its times and size say nothing about its bytes.
             (OpenedFrom::File { mut file, .. }, None) => {
                 while pump.send_chunk(&mut file, chunk())? {}
@@ -600,7 +620,7 @@ impl Opened {
                 for (off, end, theirs) in ranges(have, pump.at, size) {
                     pump.send_to(&mut file, off)?;
                     let hasher = pump.hasher.clone();
-                    if pump.hash(&mut file, off, end)? == theirs {
+                    if pump.hash_file(&mut file, off, end)? == theirs {
                         pump.same(end)?;
                     } else {
                         pump.hasher = hasher;
@@ -902,7 +922,7 @@ impl Pump<'_> {
         let size = std::mem::take(&mut self.at);
         let hasher = std::mem::take(&mut self.hasher);
         file.rewind().map_err(failed)?;
-        let again = self.hash(file, 0, size)?;
+        let again = self.hash_file(file, 0, size)?;
         (self.at, self.hasher) = (size, hasher);
         match again == read {
             true => Ok(()),
@@ -944,6 +964,17 @@ impl Pump<'_> {
             let want = least(to - self.at, (self.chunk)());
             if !self.send_chunk(file, want)? {
                 return Err(self.ended(file));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends up to the offset `to`, which a file of a sink must reach.
+    fn send_kept(&mut self, kept: &mut KeptReader, to: u64) -> Result<(), Stop> {
+        while self.at < to {
+            let want = least(to - self.at, (self.chunk)());
+            if !self.send_chunk(kept, want)? {
+                return Err(self.failed(io::ErrorKind::UnexpectedEof.into()));
             }
         }
         Ok(())
@@ -1030,8 +1061,19 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Hashes one of the [`ranges`] by itself and as part of everything; the file's position stays.
-    fn hash(&mut self, file: &mut File, off: u64, end: u64) -> Result<blake3::Hash, Stop> {
+    /// As [`hash`](Self::hash), of a file, which must have all of the range.
+    fn hash_file(&mut self, file: &mut File, off: u64, end: u64) -> Result<blake3::Hash, Stop> {
+        let hash = self.hash(file, off, end)?;
+        hash.ok_or_else(|| self.ended(file))
+    }
+
+    /// Hashes one of the [`ranges`] by itself and as part of everything; the position stays. `None` if the file ends before.
+    fn hash(
+        &mut self,
+        file: &mut dyn Read,
+        off: u64,
+        end: u64,
+    ) -> Result<Option<blake3::Hash>, Stop> {
         // For a range at offset 0 one hash is both.
         let mut own = (off > 0).then(blake3::Hasher::new);
         let mut left = end - self.at;
@@ -1043,7 +1085,7 @@ impl Pump<'_> {
             buffer.truncate(least(left, BLOCK));
             let filled = read_full(file, &mut buffer).map_err(|error| self.failed(error))?;
             if filled < buffer.len() {
-                return Err(self.ended(file));
+                return Ok(None);
             }
             if let Some(samples) = &mut self.samples {
                 samples.note(end - left, &buffer);
@@ -1054,7 +1096,7 @@ impl Pump<'_> {
             }
             left -= filled as u64;
         }
-        Ok(own.as_ref().unwrap_or(&self.hasher).finalize())
+        Ok(Some(own.as_ref().unwrap_or(&self.hasher).finalize()))
     }
 }
 
@@ -1150,7 +1192,10 @@ mod tests {
 
     /// The same, where so many bytes of it are sent before it is known what is at the server.
     fn run_behind(head: usize, source: &Source, have: &Have, chunk: usize) -> Run {
-        let mut opened = source.open().unwrap();
+        run_opened(head, source.open().unwrap(), have, chunk)
+    }
+
+    fn run_opened(head: usize, mut opened: Opened, have: &Have, chunk: usize) -> Run {
         let head = opened.head(head).unwrap();
         let (mut same, mut at, mut end) = (0, head.len() as u64, None);
         let mut sent: Vec<(u64, Vec<u8>)> = Vec::new();
@@ -1193,6 +1238,64 @@ mod tests {
         );
         assert!(pumped.is_ok());
         (sent, same, end.unwrap())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_a_file_of_a_sink_only_what_the_other_side_lacks_is_sent() {
+        let all = noise(1_000_000);
+        let sound = |from: usize, to: usize| {
+            let (off, len) = (from as u64, (to - from) as u64);
+            (off, len, hash(&all[from..to]))
+        };
+        let wrong = |from: usize, to: usize| (from as u64, (to - from) as u64, hash(b"other"));
+        for (have, sent) in [
+            (vec![], vec![(0, 1_000_000)]),
+            (vec![sound(0, 600_000)], vec![(600_000, 1_000_000)]),
+            (vec![sound(0, 1_000_000)], vec![]),
+            (vec![wrong(0, 600_000)], vec![(0, 1_000_000)]),
+            (
+                vec![
+                    sound(0, 100),
+                    wrong(200_000, 300_000),
+                    sound(500_000, 900_000),
+                ],
+                vec![(100, 500_000), (900_000, 1_000_000)],
+            ),
+            (vec![sound(300_000, 1_000_000)], vec![(0, 300_000)]),
+        ] {
+            let bytes = Bytes::from(all.clone());
+            let stored = Stored::new(rel("a"), 1_000_000, Meta::default(), bytes);
+            let case = have.clone();
+            let reading = tokio::task::spawn_blocking(move || {
+                run_opened(0, Opened::kept(stored), &have, 70_000)
+            });
+            let (chunks, same, end) = reading.await.unwrap();
+            let ranges: Vec<_> = chunks
+                .iter()
+                .map(|(at, bytes)| (*at as usize, *at as usize + bytes.len()))
+                .collect();
+            assert_eq!(ranges, sent, "{case:?}");
+            for (at, bytes) in chunks {
+                assert!(bytes == all[at as usize..][..bytes.len()]);
+            }
+            let left: usize = sent.iter().map(|(from, to)| to - from).sum();
+            assert_eq!((same as usize, end), (1_000_000 - left, hash(&all)));
+        }
+        // One that is shorter than it says.
+        let bytes = Bytes::from(all[..500].to_vec());
+        let stored = Stored::new(rel("a"), 1_000, Meta::default(), bytes);
+        let pace = Pace::new(&crate::local::limiter::Limiter::unlimited(), 1, 1 << 20);
+        let mut pieces = Opened::kept(stored).read(vec![], None, pace, Buffers::default(), None);
+        let failed = async {
+            loop {
+                match pieces.recv().await {
+                    Some(Piece::Failed(error)) => return error,
+                    Some(Piece::Chunk { .. }) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        assert!(matches!(failed.await, TransferError::Source { .. }));
     }
 
     #[test]
