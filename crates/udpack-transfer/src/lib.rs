@@ -67,14 +67,15 @@ pub use server::jobs::{Transfer, TransferWatch};
 pub use server::receiver::{Receiver, ReceiverConfig};
 pub use server::scope::{Scope, ScopeError};
 pub use store::{
-    Abilities, Begin, Begun, Checkpoint, Complete, DiskUpload, Durable, Entry, Existing, Expected,
-    IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta, Names, NewDir, NewFile,
-    NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed, Published, Range, ReadAt,
-    Removed, Sink, Space, Store, StoreConfig, StoreError, Stored, Suspended, SyncPolicy, Synced,
-    Tenant, Time, Usage, purge, uploads,
+    Abilities, Begin, Begun, Change, Changes, Checkpoint, Complete, DiskUpload, Durable, Entry,
+    Existing, Expected, IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta, Names,
+    NewDir, NewFile, NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed, Published,
+    Range, ReadAt, Removed, Sink, Space, Store, StoreConfig, StoreError, Stored, Suspended,
+    SyncPolicy, Synced, Tenant, Time, Usage, purge, uploads,
 };
 pub use wire::lane::{Action, Lane, Refusal};
 pub use wire::stats::{
-    ClusterStats, JobCounts, NodeStats, QuotaStats, RoomStats, ServerStats, SocketStats,
+    ClusterStats, JobCounts, NodeStats, PushFailureStats, PushStats, PushingStats, QuotaStats,
+    RoomStats, ServerStats, SocketStats,
 };
 pub use wire::{CHANNEL, JOBS_CHANNEL, STATS_CHANNEL};

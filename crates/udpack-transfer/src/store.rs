@@ -14,6 +14,7 @@
 //!
 //! All functions block: call them from a thread that may block. This module knows neither clients nor messages.
 
+mod changes;
 mod disk;
 mod error;
 mod journal;
@@ -39,11 +40,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use cap_std::fs::Dir;
 
 use crate::base::path::RelPath;
+use changes::{Noted, What};
 use disk::{Disk, Made};
 use journal::Key;
 use quota::{Accounts, LEAST, charge};
 use rustix::fs::Stat;
 
+pub use changes::{Change, Changes};
 pub use error::StoreError;
 pub use partial::{Checkpoint, Partial, Range};
 pub use publish::{Complete, Published, Synced};
@@ -192,6 +195,9 @@ pub struct StoreConfig {
     /// is not locked, and the store's own directory goes away with the last of them if nothing is in it.
     /// Defaults to false.
     pub shared: bool,
+    /// Whether to keep a list of what has changed, for somebody who carries it elsewhere: [`Store::changes`]. Defaults to
+    /// false. Not for a directory that several use.
+    pub changes: bool,
 }
 
 /// When stored bytes are put on disk.
@@ -219,6 +225,7 @@ impl Default for StoreConfig {
             expire: Duration::from_secs(24 * 60 * 60),
             sync: SyncPolicy::Auto,
             shared: false,
+            changes: false,
         }
     }
 }
@@ -380,6 +387,10 @@ impl Store {
             Some(_) => Some(disk.used_below(None).map_err(setup("count the files"))?),
             None => None,
         };
+        let noted = match &config.changes {
+            true => Some(disk.changes(&config)?),
+            false => None,
+        };
         let state = Mutex::new(State {
             accounts: Accounts::new(used),
             unwritten: 0,
@@ -390,6 +401,7 @@ impl Store {
         Ok(Self {
             inner: Arc::new(Inner {
                 disk,
+                changes: noted,
                 config,
                 min_free,
                 root: root.to_owned(),
@@ -416,6 +428,11 @@ impl Store {
     /// What the store was opened with.
     pub fn config(&self) -> &StoreConfig {
         &self.inner.config
+    }
+
+    /// What has changed, if [`StoreConfig::changes`] asks for that.
+    pub fn changes(&self) -> Option<&Changes> {
+        self.inner.changes.as_ref()
     }
 
     /// Removes interrupted uploads that were not resumed in [`StoreConfig::expire`], and says how many.
@@ -674,6 +691,8 @@ impl Existing {
 #[derive(Debug)]
 struct Inner {
     disk: Disk,
+    /// Where changes are noted.
+    changes: Option<Changes>,
     config: StoreConfig,
     min_free: u64,
     root: PathBuf,
@@ -732,6 +751,20 @@ impl State {
 }
 
 impl Inner {
+    /// Notes, where changes are noted, that this is about to happen to the name; durable with the next
+    /// [`sync_changes`](Self::sync_changes).
+    fn note(&self, path: &RelPath, what: What) -> Result<Option<Noted>, StoreError> {
+        let noted = self.changes.as_ref().map(|it| it.note(path, what));
+        let failed = |e| self.disk.error("note a change", path, e);
+        noted.transpose().map_err(failed)
+    }
+
+    /// Puts what was noted on disk, before it happens.
+    fn sync_changes(&self, path: &RelPath) -> Result<(), StoreError> {
+        let synced = self.changes.as_ref().map_or(Ok(()), Changes::sync);
+        synced.map_err(|e| self.disk.error("note a change", path, e))
+    }
+
     fn replacing(&self) -> MutexGuard<'_, ()> {
         self.replacing
             .lock()

@@ -19,6 +19,7 @@ use crate::server::upload::Uploads;
 use crate::server::writers::Writers;
 use crate::staging::target::Target;
 use crate::store::{Sink, Store};
+use crate::wire::stats::PushStats;
 use crate::wire::{CHANNEL, JOBS_CHANNEL};
 
 /// Bounds of a [`Receiver`].
@@ -90,7 +91,11 @@ pub struct Receiver {
     pub(crate) hook: Option<Arc<dyn Hook>>,
     pub(crate) limit_in: Limiter,
     pub(crate) limit_out: Limiter,
+    pub(crate) pushed: Option<Pushed>,
 }
+
+/// Says how far a push is.
+type Pushed = Arc<dyn Fn() -> PushStats + Send + Sync>;
 
 impl fmt::Debug for Receiver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -129,7 +134,16 @@ impl Receiver {
             hook: None,
             limit_in: Limiter::unlimited(),
             limit_out: Limiter::unlimited(),
+            pushed: None,
         }
+    }
+
+    /// Shows watchers, in [`ServerStats::push`](crate::ServerStats::push), what is copied elsewhere behind the store. Called
+    /// whenever the server is looked at; must not block.
+    #[must_use]
+    pub fn pushed(mut self, status: impl Fn() -> PushStats + Send + Sync + 'static) -> Self {
+        self.pushed = Some(Arc::new(status));
+        self
     }
 
     /// Asks this hook about every upload.

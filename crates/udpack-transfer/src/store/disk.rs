@@ -26,7 +26,7 @@ use rustix::io::Errno;
 
 use super::journal::Key;
 use super::quota::{LEAST, charge};
-use super::{Kept, OtherTime, StoreConfig, StoreError, Time};
+use super::{Changes, Kept, OtherTime, StoreConfig, StoreError, SyncPolicy, Time};
 use crate::base::names;
 use crate::base::path::RelPath;
 
@@ -34,6 +34,7 @@ use crate::base::path::RelPath;
 pub(super) const PRIVATE: &str = crate::base::path::OWN;
 const STAGING: &str = "staging";
 const JOURNAL: &str = "journal";
+const CHANGES: &str = "changes";
 const LOCK: &str = "lock";
 /// Ends the name of an upload's staging file.
 pub(super) const PART: &str = ".part";
@@ -200,6 +201,16 @@ impl Disk {
             staging: &self.staging,
             journal: &self.journal,
         }
+    }
+
+    /// The list of changes, made if need be.
+    pub(super) fn changes(&self, config: &StoreConfig) -> Result<Changes, StoreError> {
+        let opened = open_dir(&self.root, PRIVATE);
+        let private = opened.map_err(|e| setup("open the store's own directory", e.into()))?;
+        let dir = private_dir(&private, CHANGES)?;
+        sync_dir(&private).map_err(|e| setup("sync the store's own directory", e))?;
+        let changes = Changes::open(dir, config.sync != SyncPolicy::Never);
+        changes.map_err(|e| setup("read the list of changes", e))
     }
 
     /// Whether one call can sync many files.

@@ -660,6 +660,7 @@ impl Partial {
             losses: body.losses,
             staged,
             held: open.then_some(body),
+            noted: Vec::new(),
             reservation,
         })))
     }

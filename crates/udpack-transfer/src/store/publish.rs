@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use cap_std::fs::Dir;
 
+use super::changes::{Changes, Noted, What};
 use super::disk::{self, Id, Made};
 use super::partial::{Body, Staged};
 use super::quota::charge;
@@ -38,6 +39,8 @@ pub(super) struct Whole {
     /// The open file and its lock, if they are still needed.
     #[expect(dead_code, reason = "held for the lock")]
     pub(super) held: Option<Arc<Body>>,
+    /// The names that it was about to get.
+    pub(super) noted: Vec<Noted>,
     pub(super) reservation: Reservation,
 }
 
@@ -162,8 +165,16 @@ impl Whole {
             let Ok(path) = numbered(&self.path, number).parse::<RelPath>() else {
                 break;
             };
+            let noted = inner.note(&path, What::Put)?;
+            if noted.is_some() {
+                inner.sync_changes(&path)?;
+            }
             if self.try_name(inner, dir, path.file_name())? {
+                self.noted.extend(noted);
                 return Ok(path);
+            }
+            if let Some(noted) = noted {
+                noted.withdraw();
             }
         }
         Err(self.exists())
@@ -233,7 +244,13 @@ pub(super) fn publish(
     inner: &Arc<Inner>,
     mut batch: Vec<Complete>,
 ) -> Vec<Result<Published, StoreError>> {
+    // What is noted before a sync of the file system is on disk with it.
+    let noted = note(inner, &mut batch);
     let barrier = sync_bytes(inner, &batch);
+    let noted = noted.and_then(|()| match barrier {
+        Bytes::Synced(_) if !batch.iter().all(Complete::is_synced) => Ok(()),
+        _ => inner.changes.as_ref().map_or(Ok(()), Changes::sync),
+    });
     let mut outcomes = Vec::with_capacity(batch.len());
     let mut dirs = Dirs::new(inner);
     for Complete(complete) in &mut batch {
@@ -248,7 +265,11 @@ pub(super) fn publish(
                 .map_err(Some),
             (None, Bytes::Failed(cause)) => Err(Some(again(cause))),
         };
-        let outcome = sync
+        let synced = match &noted {
+            Ok(()) => sync,
+            Err(cause) => Err(Some(again(cause))),
+        };
+        let outcome = synced
             .map_err(|cause| {
                 // A failed sync during its lifetime may have lost its bytes.
                 let cause = cause.unwrap_or_else(|| rustix::io::Errno::IO.into());
@@ -266,12 +287,33 @@ pub(super) fn publish(
                     other_time: complete.other_time.filter(|_| !same),
                 })
             });
+        if !outcome.as_ref().is_ok_and(|published| !published.same) {
+            let noted = complete.noted.drain(..);
+            noted.for_each(Noted::withdraw);
+        }
+        let renamed = |published: &Published| published.path != complete.path.as_str();
+        if outcome.as_ref().is_ok_and(renamed) && !complete.noted.is_empty() {
+            // The first note is of the name that was asked for.
+            complete.noted.remove(0).withdraw();
+        }
         outcomes.push(outcome);
     }
     dirs.flush(&mut outcomes);
     // Journals are removed only after the names are on disk.
     drop(batch);
     outcomes
+}
+
+/// Notes the names that they are about to get.
+fn note(inner: &Inner, batch: &mut [Complete]) -> io::Result<()> {
+    let Some(changes) = &inner.changes else {
+        return Ok(());
+    };
+    for Complete(complete) in batch {
+        let noted = changes.note(&complete.path, What::Put)?;
+        complete.noted.push(noted);
+    }
+    Ok(())
 }
 
 /// The result of syncing the bytes of a batch.

@@ -1,6 +1,7 @@
 //! The store's promises, on real directories: what is there stays, what is promised is there, and
 //! nothing else is left.
 
+mod changes;
 mod model;
 mod resume;
 

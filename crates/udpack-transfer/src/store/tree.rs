@@ -13,6 +13,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use cap_std::fs::{Dir, Metadata, MetadataExt as _};
 use rustix::io::Errno;
 
+use super::changes::{Noted, What};
 use super::disk::below;
 use super::disk::{self, PRIVATE};
 use super::quota::{LEAST, charge};
@@ -187,12 +188,14 @@ impl Store {
             recursive,
             removed: Removed::default(),
             counted: 0,
+            at: path.parent().unwrap_or_default().to_owned(),
         };
-        let found = removal.entry(
-            &dir,
-            &names::os(path.file_name()),
-            path.components().count(),
-        );
+        let name = &*names::os(path.file_name());
+        let noted = removal.note(&dir, std::slice::from_ref(&name))?;
+        let found = removal.entry(&dir, name, path.components().count());
+        if !matches!(found, Ok(true)) {
+            noted.into_iter().for_each(Noted::withdraw);
+        }
         // Also after a failure in the middle.
         inner.removed(path, removal.counted);
         if !found? {
@@ -369,6 +372,13 @@ impl Store {
             };
             let disk = &inner.disk;
             let staged = disk.stage_link(target).map_err(failed("create a link"))?;
+            let noted = match there.as_ref().is_some_and(Metadata::is_file) {
+                true => inner.note(path, What::Removed)?,
+                false => None,
+            };
+            if noted.is_some() {
+                inner.sync_changes(path)?;
+            }
             let placed = match there {
                 Some(_) => disk.replace(&staged, &dir, name),
                 None => disk.publish(&staged, &dir, name),
@@ -845,9 +855,42 @@ struct Removal<'a> {
     removed: Removed,
     /// The bytes that they counted against a quota.
     counted: u64,
+    /// The path of the directory that is being emptied; empty for the root.
+    at: String,
 }
 
 impl Removal<'_> {
+    /// Notes which files of these names are about to be removed, where changes are noted.
+    fn note(&self, dir: &Dir, names: &[impl AsRef<OsStr>]) -> Result<Vec<Noted>, StoreError> {
+        let mut noted = Vec::new();
+        if self.inner.changes.is_none() {
+            return Ok(noted);
+        }
+        for name in names {
+            let name = name.as_ref();
+            let seen = below::see(dir, name).map_err(|e| self.failed("look up a name", e))?;
+            // What has no path was never carried anywhere.
+            if seen.is_some_and(|it| it.is_file())
+                && let Ok(path) = self.below(name).parse()
+            {
+                noted.extend(self.inner.note(&path, What::Removed)?);
+            }
+        }
+        if !noted.is_empty() {
+            self.inner.sync_changes(self.path)?;
+        }
+        Ok(noted)
+    }
+
+    /// The path of a name in the directory that is being emptied.
+    fn below(&self, name: &OsStr) -> String {
+        let name = names::from_os(name);
+        match &*self.at {
+            "" => name.into_owned(),
+            at => format!("{at}/{name}"),
+        }
+    }
+
     /// Removes the entry of this name; false if there was none.
     fn entry(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
         let failed = |e| self.failed("look up a name", e);
@@ -883,7 +926,10 @@ impl Removal<'_> {
         };
         if self.recursive {
             self.inner.disk.check_device(&child, self.path)?;
+            let at = self.below(name);
+            let above = std::mem::replace(&mut self.at, at);
             self.clear(&child, depth)?;
+            self.at = above;
         }
         match below::remove_dir(dir, name) {
             Ok(()) => {
@@ -904,6 +950,7 @@ impl Removal<'_> {
         }
         loop {
             let names = batch(dir).map_err(|e| self.failed("read a directory", e))?;
+            let _noted = self.note(dir, &names)?;
             for name in &names {
                 self.entry(dir, name, depth + 1)?;
             }

@@ -52,6 +52,9 @@ pub struct ServerStats {
     /// The cluster that it is a node of, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<ClusterStats>,
+    /// What it copies to an object store behind its disk, if anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub push: Option<PushStats>,
     /// The server's own quota and those of the connected tokens, at most 64.
     pub quotas: Vec<QuotaStats>,
 }
@@ -155,6 +158,50 @@ pub struct NodeStats {
     pub lost: bool,
 }
 
+/// What a server copies to an object store behind its disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PushStats {
+    /// Changes that are not yet in the object store, those on their way included.
+    pub waiting: u64,
+    /// Files stored there since the start.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Objects removed since the start.
+    pub removed: u64,
+    /// Attempts that failed since the start.
+    pub failures: u64,
+    /// Why nothing is tried at the moment.
+    pub trouble: Option<String>,
+    /// Files on their way, 16 at most.
+    pub moving: Vec<PushingStats>,
+    /// The latest changes that failed and are tried again, 16 at most.
+    pub failed: Vec<PushFailureStats>,
+}
+
+/// A file on its way to an object store.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PushingStats {
+    /// Its name.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Bytes that were given to the object store, those of an earlier attempt included.
+    pub bytes: u64,
+}
+
+/// A change that is not in the object store, as that failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PushFailureStats {
+    /// The name of the file.
+    pub path: String,
+    /// Why.
+    pub text: String,
+}
+
 /// One quota of a server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -196,7 +243,16 @@ impl ServerStats {
                 self.cluster
                     .as_ref()
                     .map_or(0, |cluster| cluster.nodes.len()),
+            )
+            .max(
+                self.push
+                    .as_ref()
+                    .map_or(0, |push| push.moving.len().max(push.failed.len())),
             );
+        if let Some(push) = &mut self.push {
+            push.moving.truncate(longest / 2);
+            push.failed.truncate(longest / 2);
+        }
         if let Some(cluster) = &mut self.cluster {
             cluster.nodes.truncate(longest / 2);
         }
@@ -223,6 +279,16 @@ impl ServerStats {
                 mend(&mut node.id);
                 mend(&mut node.name);
                 mend(&mut node.address);
+            }
+        }
+        if let Some(push) = &mut self.push {
+            push.trouble.iter_mut().for_each(mend);
+            for moving in &mut push.moving {
+                mend(&mut moving.path);
+            }
+            for failed in &mut push.failed {
+                mend(&mut failed.path);
+                mend(&mut failed.text);
             }
         }
         for quota in &mut self.quotas {

@@ -177,6 +177,7 @@ impl<'a> Looker<'a> {
         };
         (stats.receive_rate, stats.send_rate) = lock(&self.inner.history).rates();
         (stats.rooms_in_all, stats.rooms) = self.rooms();
+        stats.push = self.inner.receiver.pushed.as_ref().map(|pushed| pushed());
         stats.cluster = self.server.cluster().map(|cluster| seen(&cluster));
         if let Some(store) = self.inner.receiver.store() {
             (stats.files, stats.stored) = store.stored();
