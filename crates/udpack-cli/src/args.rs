@@ -164,13 +164,25 @@ pub(crate) struct ServerArgs {
     /// or file:///DIRECTORY. Credentials come from the environment (AWS_ACCESS_KEY_ID and so on; AWS_ENDPOINT with
     /// AWS_ALLOW_HTTP=true for your own server). --dir holds the journals with which uploads continue after a crash.
     #[cfg(feature = "store")]
-    #[arg(long, value_name = "URL", env = "UDPACK_STORE", conflicts_with_all = ["min_free", "fsync"])]
+    #[arg(long, value_name = "URL", env = "UDPACK_STORE", group = "objects", conflicts_with_all = ["min_free", "fsync"])]
     pub(crate) store: Option<String>,
+
+    /// Store received files in --dir, and copy them from there to an object store, with an address and credentials as
+    /// for --store. A client is told that its file is stored when it is in --dir. What clients overwrite or remove is
+    /// overwritten or removed in the object store, too; what you remove in --dir yourself stays there.
+    #[cfg(feature = "store")]
+    #[arg(long, value_name = "URL", env = "UDPACK_PUSH", group = "objects")]
+    pub(crate) push: Option<String>,
 
     /// Memory for files on their way into the object store, over all uploads. A file is stored in at most 10,000 parts,
     /// each of at most a quarter of this size.
     #[cfg(feature = "store")]
-    #[arg(long, value_name = "SIZE", default_value = "256M", requires = "store")]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "256M",
+        requires = "objects"
+    )]
     pub(crate) store_budget: Size,
 
     /// The directory of the server's key and token; created at the first start, readable only by its owner.

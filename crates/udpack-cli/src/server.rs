@@ -131,8 +131,8 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         receiver.shutting_down();
     };
     let counters = || {
-        let (server, receiver) = (server.clone(), receiver.clone());
-        Site::counters(move || metrics::text(&server, &receiver))
+        let (server, receiver, place) = (server.clone(), receiver.clone(), place.clone());
+        Site::counters(move || metrics::text(&server, &receiver, &place))
     };
     let scraped = scrapes.map(|listener| (listener, counters()));
     #[cfg(feature = "web")]
@@ -147,6 +147,8 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         failed = http(carried) => failed?,
         () = withdraw(&server, &tokens) => {}
         () = control.run(&server) => {}
+        // Also while the server drains.
+        () = place.push() => {}
         () = watcher.live() => {}
     }
     tracing::info!("stopped");
@@ -384,6 +386,9 @@ fn announce(
         ("fingerprint", fingerprint.to_string()),
         ("uploads", place.to_string()),
     ];
+    if let Some(url) = place.pushed_to() {
+        lines.push(("push", url.to_owned()));
+    }
     lines.extend(places);
     #[cfg(feature = "web")]
     web::leave(link.as_deref(), &args.keys);

@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use common::{Server, bytes, client, exited, server, workdir};
 
@@ -83,4 +84,67 @@ fn what_is_wrong_with_a_store_is_told_at_the_start() {
     assert_eq!(out.code, 8, "{out:?}");
     assert!(out.stderr.contains("an object store is s3://"), "{out:?}");
     assert!(!dir.path().join("keys").exists(), "keys come last");
+}
+
+#[test]
+fn what_is_in_the_directory_comes_to_the_object_store_behind_it() {
+    let (dir, objects) = (workdir(), workdir());
+    let store = format!("file://{}", objects.path().display());
+    let more = ["--push", &store, "--allow-read", "--overwrite", "always"];
+    let server = Server::start_in(workdir(), &more);
+    assert_eq!(server.value("push"), store);
+    let (large, small) = (bytes(20_000_000, 1), bytes(1_000, 2));
+    fs::create_dir_all(dir.path().join("tree/sub")).expect("mkdir");
+    fs::write(dir.path().join("tree/large"), &large).expect("write");
+    fs::write(dir.path().join("tree/sub/small"), &small).expect("write");
+    let run = |args: &[&str]| {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+        out.stdout
+    };
+    let pushed = || {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stats = run(&["stats"]);
+            if stats.contains("push 0 waiting") {
+                return stats;
+            }
+            assert!(Instant::now() < deadline, "{stats}");
+        }
+    };
+    run(&["put", "tree"]);
+    let stats = pushed();
+    assert!(
+        stats.contains("2 pushed") && stats.contains("0 attempts failed"),
+        "{stats}"
+    );
+    let there = |name: &str| fs::read(objects.path().join(name)).ok();
+    assert!(there("tree/large") == Some(large));
+    assert!(there("tree/sub/small") == Some(small));
+    fs::write(dir.path().join("tree/sub/small"), b"newer").expect("write");
+    run(&["put", "--if-exists", "overwrite", "tree"]);
+    run(&["rm", "tree/large"]);
+    pushed();
+    assert_eq!(
+        there("tree/sub/small").as_deref(),
+        Some(b"newer".as_slice())
+    );
+    assert_eq!(there("tree/large"), None);
+    // It needs one or the other.
+    let mut command = common::server(dir.path());
+    let out = exited(command.args([
+        "--listen",
+        "127.0.0.1:0",
+        "--push",
+        &store,
+        "--store",
+        &store,
+    ]));
+    assert_eq!(out.code, 2, "{out:?}");
+    let mut command = common::server(dir.path());
+    let out = exited(command.args(["--listen", "127.0.0.1:0", "--push", "ftp://a/b"]));
+    assert!(
+        out.code == 8 && out.stderr.contains("an object store is s3://"),
+        "{out:?}"
+    );
 }

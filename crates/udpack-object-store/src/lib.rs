@@ -4,6 +4,8 @@
 //! parts of equal size; a journal on this machine notes each part that the store has acknowledged, so that an upload goes on
 //! where it was after a crash of the server. A smaller file is one request.
 //!
+//! [`Push`] carries what changes in a directory on this machine into an object store, behind the clients' backs.
+//!
 //! # Guarantees
 //! - Bytes count as durable when the store has their part and the journal says so on disk.
 //! - Nothing has a file's name before the file is whole and its BLAKE3 agrees. A file is reported as stored when the store
@@ -26,6 +28,7 @@ mod journal;
 mod local;
 mod look;
 mod publish;
+mod push;
 mod quota;
 mod sink;
 mod tree;
@@ -33,5 +36,6 @@ mod upload;
 
 pub use error::OpenError;
 pub use publish::ObjectWhole;
+pub use push::{Push, PushConfig, PushError, PushFailure, PushStatus, Pushing};
 pub use sink::{ObjectConfig, ObjectSink, Settings};
 pub use upload::ObjectUpload;

@@ -125,6 +125,14 @@ impl Inner {
         }
     }
 
+    /// The hash that is noted beside the object, if one is.
+    pub(crate) async fn noted_hash(&self, object: &Object) -> Option<blake3::Hash> {
+        match (object.hash, &self.backend.s3) {
+            (None, Some(s3)) => s3.tagged(&object.key).await.ok().flatten(),
+            (hash, _) => hash,
+        }
+    }
+
     /// What has the name. [`StoreError::Blocked`] where a file is in the way.
     pub(crate) async fn holder(&self, path: &RelPath) -> Result<Holder, StoreError> {
         let key = self.key(path)?;
@@ -461,12 +469,7 @@ impl ReadAt for Reader {
     }
 
     async fn hash(&self) -> Result<[u8; 32], StoreError> {
-        if let Some(hash) = self.object.hash {
-            return Ok(hash.into());
-        }
-        if let Some(s3) = &self.inner.backend.s3
-            && let Ok(Some(hash)) = s3.tagged(&self.object.key).await
-        {
+        if let Some(hash) = self.inner.noted_hash(&self.object).await {
             return Ok(hash.into());
         }
         let mut hasher = blake3::Hasher::new();

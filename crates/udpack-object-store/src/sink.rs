@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -374,14 +374,18 @@ impl ObjectSink {
         journals: PathBuf,
         config: ObjectConfig,
     ) -> Result<Self, OpenError> {
-        let dir = journals.join(OWN).join("objects");
-        let made = std::fs::create_dir_all(&dir);
-        made.map_err(|cause| OpenError::Journals {
-            dir: dir.clone(),
-            cause,
-        })?;
+        let dir = Self::journals(&journals)?;
         let backend = Backend::open(url, &config.settings, &dir)?;
         Self::over(backend, dir, config).await
+    }
+
+    /// The directory of the journals, made if need be.
+    pub(crate) fn journals(root: &FilePath) -> Result<PathBuf, OpenError> {
+        let dir = root.join(OWN).join("objects");
+        match std::fs::create_dir_all(&dir) {
+            Ok(()) => Ok(dir),
+            Err(cause) => Err(OpenError::Journals { dir, cause }),
+        }
     }
 
     /// One whose objects are in memory, for tests; the journals are on disk.

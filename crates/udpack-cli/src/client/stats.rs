@@ -188,6 +188,31 @@ fn show(stats: &ServerStats) -> io::Result<()> {
             output::printable(&socket.agent),
         ))?;
     }
+    if let Some(push) = &stats.push {
+        output::line(&format!(
+            "push {} waiting, {} pushed, {}, {} removed, {} attempts failed",
+            push.waiting,
+            push.files,
+            amount(push.bytes),
+            push.removed,
+            push.failures
+        ))?;
+        if let Some(why) = &push.trouble {
+            output::line(&format!("  paused  {why}"))?;
+        }
+        for moving in &push.moving {
+            output::line(&format!(
+                "  pushing  {} % of {}  {}",
+                percent(moving.bytes, moving.size),
+                amount(moving.size),
+                output::printable(&moving.path)
+            ))?;
+        }
+        for failed in &push.failed {
+            let path = output::printable(&failed.path);
+            output::line(&format!("  failed  {path}  {}", failed.text))?;
+        }
+    }
     if let Some(cluster) = &stats.cluster {
         let state = if cluster.degraded { "  degraded" } else { "" };
         output::line(&format!("nodes {}{state}", 1 + cluster.nodes.len()))?;

@@ -3,13 +3,15 @@
 use udpack::{Pool, Server};
 use udpack_transfer::Receiver;
 
-/// The counters of the sockets, of the store and of what the clients share.
-pub(super) fn text(server: &Server, receiver: &Receiver) -> String {
+use crate::server::place::Place;
+
+/// The counters of the sockets, of the store, of what is pushed and of what the clients share.
+pub(super) fn text(server: &Server, receiver: &Receiver, place: &Place) -> String {
     let mut text = server.metrics().prometheus();
     let ((files, bytes), usage) = receiver
         .store()
         .map_or_else(Default::default, |store| (store.stored(), store.usage()));
-    for (name, kind, help, value) in [
+    let counters = [
         (
             "udpack_files_stored_total",
             "counter",
@@ -34,7 +36,8 @@ pub(super) fn text(server: &Server, receiver: &Receiver) -> String {
             "Bytes held by interrupted uploads.",
             usage.suspended,
         ),
-    ] {
+    ];
+    for (name, kind, help, value) in counters.into_iter().chain(place.counters()) {
         text.push_str(&format!(
             "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n"
         ));

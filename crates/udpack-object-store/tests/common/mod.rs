@@ -13,6 +13,9 @@ use tokio::sync::watch;
 /// Least bytes of a part that moto takes here; S3 itself takes 5 MiB.
 pub(crate) const PART: u64 = 64 << 10;
 
+/// moto shows objects of one request to nobody, and does not look at a signature.
+const SOMEBODY: &str = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0";
+
 /// moto in a process of its own, with an empty bucket.
 pub(crate) struct Moto {
     child: Child,
@@ -84,7 +87,7 @@ impl Moto {
     async fn answer(&self, method: &str, path: &str) -> Option<Vec<u8>> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await.ok()?;
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{SOMEBODY}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );
         stream.write_all(request.as_bytes()).await.ok()?;
         let mut answer = Vec::new();
