@@ -275,7 +275,14 @@ impl Scenario {
                 Arm::Nats,
                 Arm::Udp,
             ],
-            Self::Fanout => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Wss, Arm::Nats],
+            Self::Fanout => &[
+                Arm::Udpack,
+                Arm::Quinn,
+                Arm::Tuned,
+                Arm::Wss,
+                Arm::Nats,
+                Arm::Udp,
+            ],
             Self::Idle => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Web],
             _ => &[Arm::Udpack, Arm::Quinn, Arm::Tuned],
         }

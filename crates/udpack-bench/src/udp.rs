@@ -1,4 +1,5 @@
-//! Bare datagrams: what a request and its reply cost where nothing is encrypted, ordered or sent again.
+//! Bare datagrams: what a request and its reply cost, and what a message to a room costs, where nothing is encrypted,
+//! ordered, acknowledged or sent again.
 
 use std::future::poll_fn;
 use std::io::{self, IoSliceMut};
@@ -6,12 +7,13 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
 use tokio::task::JoinSet;
 
 use crate::args::{Load, Scenario};
+use crate::fanout::{self, Fanout};
 use crate::ours::{MESSAGE, all, ping_values};
 use crate::peer::{Ready, Report};
 use crate::raw::any_port;
@@ -72,7 +74,12 @@ async fn send(
     }
 }
 
-/// Sends everything back, until the process ends.
+/// The first byte of a datagram whose sender is sent it back, and all that is said from then on.
+const JOIN: u8 = b'j';
+/// The first byte of a datagram that goes to all who have joined.
+const SAY: u8 = b'p';
+
+/// Sends what is said to all who have joined, and everything else back, until the process ends.
 pub(crate) fn serve(listen: SocketAddr) -> anyhow::Result<Ready> {
     let mut server = Socket::bind(listen, quinn::udp::BATCH_SIZE)?;
     let ready = Ready {
@@ -81,10 +88,23 @@ pub(crate) fn serve(listen: SocketAddr) -> anyhow::Result<Ready> {
     };
     tokio::spawn(async move {
         let socket = server.socket.clone();
+        let mut members = Vec::new();
         // The clients notice: they get no answer.
         while let Ok(received) = server.receive().await {
             for (peer, datagram) in received {
-                let _ = send(&socket, peer, datagram).await;
+                match datagram.first() {
+                    Some(&SAY) => {
+                        for member in &members {
+                            let _ = send(&socket, *member, datagram).await;
+                        }
+                    }
+                    first => {
+                        if first == Some(&JOIN) {
+                            members.push(peer);
+                        }
+                        let _ = send(&socket, peer, datagram).await;
+                    }
+                }
             }
         }
     });
@@ -99,6 +119,7 @@ pub(crate) async fn drive(
 ) -> anyhow::Result<Report> {
     match scenario {
         Scenario::Ping => ping(ready.address, load).await,
+        Scenario::Fanout => fanout(ready.address, load).await,
         _ => bail!("bare datagrams take no part in it"),
     }
 }
@@ -129,4 +150,39 @@ async fn ping(server: SocketAddr, load: &Load) -> anyhow::Result<Report> {
     }
     let micros = all(tasks).await?.concat();
     Ok(ping_values(&micros, begun.elapsed()))
+}
+
+/// Few datagrams are on their way to each socket: there is room for all of them, and none is lost.
+async fn fanout(server: SocketAddr, load: &Load) -> anyhow::Result<Report> {
+    let run = Fanout::new(load);
+    let mut tasks = JoinSet::new();
+    for _ in 0..load.sockets {
+        let mut client = Socket::bind(any_port(server), 1)?;
+        send(&client.socket, server, &[JOIN]).await?;
+        ensure!(client.receive().await?.next().is_some(), "nobody answers");
+        let (run, count) = (run.clone(), load.count as usize);
+        tasks.spawn(async move {
+            let mut millis = Vec::with_capacity(count);
+            while millis.len() < count {
+                for (_, datagram) in client.receive().await? {
+                    let sent = datagram.get(1..9).and_then(|sent| sent.first_chunk());
+                    let sent = sent.context("another datagram than was said")?;
+                    millis.push(run.received(u64::from_be_bytes(*sent)));
+                }
+            }
+            Ok(millis)
+        });
+    }
+    let publisher = Socket::bind(any_port(server), 1)?;
+    let begun = Instant::now();
+    for _ in 0..load.count {
+        let mut data = [0xa5; MESSAGE];
+        let said = run.next().await?.to_be_bytes();
+        for (byte, value) in data.iter_mut().zip([SAY].into_iter().chain(said)) {
+            *byte = value;
+        }
+        send(&publisher.socket, server, &data).await?;
+    }
+    let millis = all(tasks).await?.concat();
+    Ok(fanout::values(&millis, begun))
 }

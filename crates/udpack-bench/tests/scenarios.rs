@@ -98,7 +98,7 @@ fn idle_sockets() {
 #[test]
 fn fanout() {
     let result = measure(&["fanout", "--sockets", "5", "--count", "10"]);
-    all_arms_tell_all(&result, &["udpack", "quinn", "tuned", "wss"]);
+    all_arms_tell_all(&result, &["udpack", "quinn", "tuned", "wss", "udp"]);
 }
 
 #[test]
