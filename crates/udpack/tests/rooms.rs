@@ -74,6 +74,25 @@ async fn narrow(server: &Server) -> Socket {
         .expect("let in")
 }
 
+#[tokio::test]
+async fn all_members_of_a_large_room_hear_everything_in_order() {
+    let (server, _channels) = hall(server()).await;
+    let mut members = Vec::new();
+    for _ in 0..40 {
+        let socket = connect(&server).await;
+        members.push((join(&socket).await, socket));
+    }
+    for nth in 0..10_u64 {
+        let sent = server.rooms().to("hall").send("say", &(nth, ""));
+        assert_eq!(sent.expect("a sound event").delivered, 40);
+    }
+    for (channel, _socket) in &members {
+        for nth in 0..10 {
+            assert_eq!(number(&bounded(next(channel)).await), nth);
+        }
+    }
+}
+
 /// Sends `count` numbered messages of 16 KiB to the room.
 fn burst(server: &Server, count: u64) -> Sent {
     let text = "x".repeat(16 << 10);
