@@ -2,7 +2,7 @@
 # Everything that docs/BENCHMARKS.md shows: builds, measures, fills the document and draws its charts. As root, on a
 # machine with nothing else to do, an hour and a quarter.
 #
-#   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document; also: browser networks sync
+#   bench/all.sh [PART…]   default: all of bench growth peers netns small-files links fast-links interference document; also: browser networks sync
 # ROUNDS, BIN, RESULTS: see bench/lib.sh. A part that fails does not keep the others from running.
 set -eu
 cd "$(dirname "$0")/.."
@@ -41,6 +41,11 @@ part() {
       scenario bench-idle idle
       scenario bench-fanout fanout
       ;;
+    growth)
+      "$bench" growth --json >"$work/growth.json" &
+      running=$!
+      if wait "$running"; then mv "$work/growth.json" "$results/growth.json"; else failed=1; fi
+      ;;
     peers) script bench/peers.sh ;;
     netns) script bench/peers.sh --netns ;;
     small-files) script bench/small-files.sh ;;
@@ -69,7 +74,7 @@ part() {
     *) echo "no such part: $1" >&2; exit 2 ;;
   esac
 }
-[ $# -gt 0 ] || set -- bench peers netns small-files links fast-links interference document
+[ $# -gt 0 ] || set -- bench growth peers netns small-files links fast-links interference document
 for name in "$@"; do
   begun=$SECONDS
   printf '\n==> %s\n' "$name"

@@ -1,13 +1,13 @@
 //! The command line, and what each scenario does when nothing else is said.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use udpack_transfer::parse_size;
 
-use crate::{beside, document, page};
+use crate::{beside, document, growth, page};
 
 /// Measures udpack beside raw quinn, in turns, in processes of their own.
 #[derive(Debug, Parser)]
@@ -42,6 +42,8 @@ pub(crate) enum Command {
     All(Options),
     /// A good client beside a hostile one that has taken all it can get of one thing, for each such thing
     Beside(beside::Options),
+    /// Memory, idle processor time and rates of udpack with few sockets and with many
+    Growth(growth::Options),
     /// Fill docs/BENCHMARKS.md with results, and draw its charts
     Document(document::Options),
     /// Takes all it can get of one thing until standard input ends
@@ -160,6 +162,22 @@ pub(crate) struct Asked {
     pub(crate) workers: Option<usize>,
 }
 
+impl Options {
+    /// Rounds of one arm, both sides on loopback.
+    pub(crate) fn alone(arm: Arm, rounds: u32, asked: Asked) -> Self {
+        Self {
+            rounds,
+            json: false,
+            only: vec![arm],
+            asked,
+            listen: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            server_via: String::new(),
+            client_via: String::new(),
+            dir: None,
+        }
+    }
+}
+
 /// One side of one arm.
 #[derive(Debug, Args)]
 pub(crate) struct Peer {
@@ -187,7 +205,7 @@ impl Peer {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("at least 1".to_owned()),
         Ok(number) => Ok(number),
@@ -195,7 +213,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
-fn seconds(text: &str) -> Result<f64, &'static str> {
+pub(crate) fn seconds(text: &str) -> Result<f64, &'static str> {
     match text.parse() {
         Ok(seconds) if (0.01..=120.0).contains(&seconds) => Ok(seconds),
         _ => Err("expected a number from 0.01 to 120"),

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::chart::{self, Bar, Group, Series, figure};
+use crate::growth::growth;
 use crate::stats::{median, rank, ratio};
 
 const BEGIN: &str = "<!-- results: ";
@@ -101,6 +102,7 @@ fn block(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option<Str
         "fairness" => fairness(results, charts),
         "alone" => alone(results),
         "interference" => interference(results),
+        "growth" => grown(results, charts),
         _ => {
             let Some(runs) = runs(&results.join(format!("{name}.jsonl")))? else {
                 return Ok(None);
@@ -471,6 +473,53 @@ fn scenario(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option<
 }
 
 /// What a chart shows.
+/// What `growth` printed: a column for each number of sockets.
+fn grown(results: &Path, charts: &Path) -> anyhow::Result<Option<String>> {
+    let Some(value) = printed(&results.join("growth.json"))? else {
+        return Ok(None);
+    };
+    let sockets = list(&value, "sockets")
+        .iter()
+        .map(|count| number(Some(count)));
+    let sockets: Vec<String> = sockets.map(figure).collect();
+    let mut out = format!("| sockets | {} | last ÷ first |\n|", sockets.join(" | "));
+    out += &" --- |".repeat(sockets.len() + 2);
+    out.push('\n');
+    let mut pictures = String::new();
+    for row in list(&value, "rows") {
+        let columns = list(row, "values").iter().map(|runs| {
+            let runs = runs.as_array().into_iter().flatten();
+            runs.map(|run| number(Some(run))).collect::<Vec<_>>()
+        });
+        let columns: Vec<Vec<f64>> = columns.collect();
+        let medians: Vec<f64> = columns.iter().map(|values| median(values)).collect();
+        let spreads: Vec<String> = columns.iter().map(|values| spread(values)).collect();
+        let [scenario, name, unit] = ["scenario", "name", "unit"].map(|key| word(row, key));
+        let _ = writeln!(
+            out,
+            "| {scenario}: {name}, {unit} | {} | {} |",
+            spreads.join(" | "),
+            cell(growth(&medians))
+        );
+        let bars = sockets.iter().zip(&columns).map(|(sockets, values)| Bar {
+            ours: true,
+            ..bar(&format!("{sockets} sockets"), values)
+        });
+        let group = Group {
+            heading: String::new(),
+            bars: bars.collect(),
+        };
+        let file = format!(
+            "growth-{scenario}-{}",
+            name.replace(' ', "-").to_lowercase()
+        );
+        let title = format!("{scenario}: {name}");
+        draw(charts, &file, &chart::bars(&title, unit, &[group]))?;
+        pictures += &picture(&file, &title);
+    }
+    Ok(Some(out + &pictures))
+}
+
 fn title(name: &str) -> &str {
     match name {
         "peers-loopback" => "One file over loopback, from memory to memory",

@@ -58,7 +58,11 @@ pub(crate) fn run(scenarios: &[Scenario], options: &Options) -> anyhow::Result<(
     Ok(())
 }
 
-fn measure(scenario: Scenario, load: Load, options: &Options) -> anyhow::Result<Outcome> {
+pub(crate) fn measure(
+    scenario: Scenario,
+    load: Load,
+    options: &Options,
+) -> anyhow::Result<Outcome> {
     let chosen = |arm: &Arm| {
         let chosen = options.only.is_empty() || options.only.contains(arm);
         if chosen && *arm == Arm::Nats && !nats::installed() {
@@ -184,9 +188,11 @@ impl<'a> Bench<'a> {
             client.tell()?;
         };
         let mut told: Report = serde_json::from_str(&told)?;
-        if let [before, after] = memory.as_slice() {
+        if let [before, after, later] = memory.as_slice() {
             let (rss, heap) = before.each(*after, self.load.sockets);
+            let share = (later.cpu - after.cpu) / self.load.seconds;
             told = told.value("server RSS", rss);
+            told = told.value("server idle CPU", share * 100.0);
             if let Some(heap) = heap {
                 told = told.value("server heap", heap);
             }

@@ -10,6 +10,7 @@ mod chart;
 mod document;
 mod driver;
 mod fanout;
+mod growth;
 mod nats;
 mod ours;
 mod page;
@@ -49,6 +50,7 @@ pub fn main(heap: Heap) -> ExitCode {
         Command::Beside(options) => beside::run(&options),
         Command::Hog(target) => beside::hold(&target),
         Command::PageSink(options) => page::run(&options),
+        Command::Growth(options) => growth::run(&options),
         Command::Document(options) => document::fill(&options),
         Command::All(options) => driver::run(&Scenario::ALL, &options),
     };

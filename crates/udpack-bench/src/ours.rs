@@ -350,11 +350,18 @@ pub(crate) async fn idle<T>(
     let _first = many(AT_ONCE).await?;
     tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let before = marks.mark()?;
+    let begun = Instant::now();
     let _connections = many(load.sockets).await?;
+    let connects = load.sockets as f64 / begun.elapsed().as_secs_f64();
     tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let after = marks.mark()?;
+    tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
+    // For what keeping them alive has cost meanwhile.
+    marks.mark()?;
     let (rss, heap) = before.each(after, load.sockets);
-    let told = Report::default().value("client RSS", rss);
+    let told = Report::default()
+        .value("client RSS", rss)
+        .value("connects", connects);
     Ok(match heap {
         Some(heap) => told.value("client heap", heap),
         None => told,

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Heap;
 use crate::args::{Arm, Load, Peer};
+use crate::driver::{Whose, cpu};
 use crate::raw::Settings;
 use crate::{nats, ours, raw, udp, web, wss};
 
@@ -54,12 +55,14 @@ impl Report {
     }
 }
 
-/// What a process uses, in bytes.
+/// What a process uses: bytes, and time.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Memory {
     pub(crate) rss: f64,
     /// Where it is counted.
     pub(crate) heap: Option<f64>,
+    /// Seconds of processor time so far.
+    pub(crate) cpu: f64,
 }
 
 impl Memory {
@@ -70,6 +73,7 @@ impl Memory {
         Ok(Self {
             rss: (pages * rustix::param::page_size() as u64) as f64,
             heap: heap.map(|heap| heap() as f64),
+            cpu: cpu("self", Whose::Own)?,
         })
     }
 

@@ -102,6 +102,27 @@ fn fanout() {
 }
 
 #[test]
+fn growth() {
+    let args = [
+        "growth",
+        "--sockets",
+        "2,6",
+        "--seconds",
+        "0.1",
+        "--count",
+        "60",
+    ];
+    let result = measure(&args);
+    let rows = result["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 6);
+    for row in rows {
+        let sizes = row["values"].as_array().expect("numbers of sockets");
+        let runs = sizes.iter().map(|runs| runs.as_array().map_or(0, Vec::len));
+        assert_eq!(runs.collect::<Vec<_>>(), [1, 1], "{row}");
+    }
+}
+
+#[test]
 fn interference() {
     let result = measure(&["interference", "--seconds", "0.1", "--bytes", "1MiB"]);
     all_arms_tell_all(&result, &QUIC);
