@@ -82,7 +82,7 @@ fn handshakes() {
 
 #[test]
 fn idle_sockets() {
-    let result = measure(&["idle", "--sockets", "8", "--seconds", "0.1"]);
+    let result = measure(&["idle", "--sockets", "64", "--seconds", "0.1"]);
     all_arms_tell_all(&result, &["udpack", "quinn", "tuned", "web"]);
     let arms = result["scenarios"][0]["arms"].as_object().expect("arms");
     for (name, arm) in arms {
