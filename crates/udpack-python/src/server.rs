@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +18,13 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use udpack::{
     Answer, Channel, CloseCode, Context, Deny, Drain, Fault, Hello, History, Identity, Items,
-    Overflow, Peer, Router, Server, ServerBuilder, Streaming, TokenFile,
+    Overflow, Peer, Router, Server, ServerBuilder, Streaming, TokenFile, Web,
 };
 use udpack_transfer::{Overwrite, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
+use udpack_web::{HttpListener, Site};
 
 use crate::channel::{ItemReader, ItemSender, PyChannel, encode, fault, seconds};
 use crate::error::Failure;
@@ -200,7 +203,25 @@ fn receiver(dir: PathBuf, settings: &Bound<'_, PyDict>) -> PyResult<(Store, Rece
     Ok((store.clone(), Receiver::new(store, config)))
 }
 
+/// The TCP port of a server, and what serves it until it is dropped.
+type Tcp = (SocketAddr, JoinSet<()>);
+
+/// Takes sessions over TCP as well, at the number of the UDP port; `Err`: that cannot be bound.
+async fn listen_tcp(server: &Server) -> std::io::Result<Tcp> {
+    let listener = HttpListener::bind(server.local_addr()).await?;
+    let address = listener.local_addr();
+    let site = Site::of(server.clone(), Web::new());
+    let mut serving = JoinSet::new();
+    serving.spawn(async move {
+        // It ends only where a key does not do for TLS, and one that QUIC takes does.
+        let _ = listener.serve(site).await;
+    });
+    Ok((address, serving))
+}
+
 /// Starts a server; gives a `Server`.
+///
+/// `tcp` says whether it listens on TCP, too; `None`: if it can.
 #[pyfunction]
 pub(crate) fn bind(
     py: Python<'_>,
@@ -208,6 +229,7 @@ pub(crate) fn bind(
     channels: Vec<String>,
     routes: Vec<(String, usize)>,
     settings: &Bound<'_, PyDict>,
+    tcp: Option<bool>,
 ) -> PyResult<Op> {
     let _entered = enter()?;
     let setting = |name: &str| -> PyResult<Option<Bound<'_, PyAny>>> {
@@ -268,11 +290,32 @@ pub(crate) fn bind(
         given_up: news,
     };
     Op::new(
-        async move { builder.bind(address.as_str()).await },
-        move |py, server| {
+        async move {
+            let server = builder.bind(address.as_str()).await?;
+            let carried = match tcp {
+                Some(false) => Ok(None),
+                _ => listen_tcp(&server).await.map(Some),
+            };
+            match (carried, tcp) {
+                (Err(error), Some(true)) => {
+                    let address = server.local_addr();
+                    let text = format!("cannot listen on TCP at {address}: {error}");
+                    server.close(CloseCode::NORMAL, "").await;
+                    Err(Failure::new("BindError", "tcp", text))
+                }
+                (carried, _) => Ok((server, carried)),
+            }
+        },
+        move |py, (server, carried)| {
             let inbox = Arc::new(tokio::sync::Mutex::new(inbox));
+            let (carried, no_tcp) = match carried {
+                Ok(carried) => (carried, None),
+                Err(error) => (None, Some(error.to_string())),
+            };
             PyServer {
                 inner: Held::new(Mutex::new(Some(server))),
+                tcp: Held::new(Mutex::new(carried)),
+                no_tcp,
                 store: Held::new(Mutex::new(store)),
                 inbox: Held::new(inbox),
             }
@@ -286,6 +329,10 @@ pub(crate) fn bind(
 pub(crate) struct PyServer {
     /// Until it is closed.
     inner: Held<Mutex<Option<Server>>>,
+    /// Until it is closed, if it listens on TCP.
+    tcp: Held<Mutex<Option<Tcp>>>,
+    /// Why it does not, though it was to.
+    no_tcp: Option<String>,
     /// Where uploads go.
     store: Held<Mutex<Option<Store>>>,
     inbox: Held<Arc<tokio::sync::Mutex<Inbox>>>,
@@ -306,6 +353,18 @@ impl PyServer {
     fn address(&self) -> PyResult<(String, u16)> {
         let address = self.server()?.local_addr();
         Ok((address.ip().to_string(), address.port()))
+    }
+
+    #[getter]
+    fn tcp_address(&self) -> Option<(String, u16)> {
+        let tcp = self.tcp.lock().unwrap_or_else(PoisonError::into_inner);
+        tcp.as_ref()
+            .map(|(address, _)| (address.ip().to_string(), address.port()))
+    }
+
+    #[getter]
+    fn no_tcp(&self) -> Option<String> {
+        self.no_tcp.clone()
     }
 
     #[getter]
@@ -472,9 +531,18 @@ impl PyServer {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        let tcp = self
+            .tcp
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         Op::with(async move {
             if let Some(server) = server {
                 server.close(CloseCode::new(number), &text).await;
+            }
+            // Its connections carried the close.
+            if let Some((_, mut serving)) = tcp {
+                serving.shutdown().await;
             }
             if let Some(store) = store {
                 store.close(CLOSING).await;

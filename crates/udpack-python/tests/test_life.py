@@ -56,8 +56,13 @@ async def test_a_cancelled_connect_leaves_nothing():
             for _ in range(steps):
                 await asyncio.sleep(0)
             connecting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await connecting
+            try:
+                socket = await connecting
+            except asyncio.CancelledError:
+                continue
+            # It stood before the cancel came, which nothing but a quick turn of the loop keeps from happening.
+            assert steps > 0
+            await socket.close()
         async with client(server) as socket:
             assert socket.is_connected
 

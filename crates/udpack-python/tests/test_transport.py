@@ -120,9 +120,53 @@ async def test_a_transport_that_there_is_not():
 
 async def test_a_server_that_takes_no_tcp_is_reached_by_auto():
     server = echo()
-    async with server.listen("127.0.0.1:0"):
+    async with server.listen("127.0.0.1:0", tcp=False):
+        assert server.tcp_address is None
         async with relay(server) as way:
             async with udpack.connect(way.address, token="secret", key=server.key, transport="auto") as socket:
                 assert socket.transport == "quic"
         async with client(server) as socket:
             assert socket.transport == "quic"
+
+
+async def test_a_server_takes_sessions_over_tcp():
+    server = echo()
+    # An address of its own, so that the number of the UDP port is free for TCP.
+    async with server.listen("127.3.2.3:0", tcp=True):
+        assert server.tcp_address == server.address
+        async with udpack.connect("%s:%d" % server.address, token="secret", key=server.key, transport="wss") as socket:
+            assert socket.transport == "wss"
+            channel = await in_time(socket.open("echo"))
+            for number in range(1000):
+                await channel.send("n", number)
+            assert [(await in_time(channel.recv()))[1] for _ in range(1000)] == list(range(1000))
+        async with TcpOnly("%s:%d" % server.address) as blocked:
+            async with udpack.connect(blocked, token="secret", key=server.key) as socket:
+                assert socket.transport == "wss"
+
+
+async def test_the_end_of_a_server_ends_its_sessions_over_tcp_and_frees_the_port():
+    server = echo()
+    async with server.listen("127.3.2.3:0", tcp=True):
+        address = "%s:%d" % server.address
+        socket = await udpack.connect(address, token="secret", key=server.key, transport="wss", reconnect=False)
+    with pytest.raises(udpack.ClosedError):
+        await in_time(socket.open("echo"))
+    async with server.listen(address, tcp=True):
+        assert server.tcp_address is not None
+
+
+async def test_a_taken_tcp_port(caplog):
+    server = echo()
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM) as taken:
+        taken.bind(("127.3.2.3", 0))
+        taken.listen()
+        address = "%s:%d" % taken.getsockname()
+        with pytest.raises(udpack.BindError, match="TCP"):
+            async with server.listen(address, tcp=True):
+                pass
+        async with server.listen(address):
+            assert server.tcp_address is None
+            assert "not listening on TCP" in caplog.text
+            async with client(server) as socket:
+                assert socket.transport == "quic"

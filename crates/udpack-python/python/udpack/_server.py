@@ -203,6 +203,11 @@ class Server:
         return self._running.address
 
     @property
+    def tcp_address(self) -> tuple[str, int] | None:
+        """Where it listens on TCP, if it does."""
+        return self._running.tcp_address
+
+    @property
     def key(self) -> str:
         """The fingerprint of its key, as clients expect it."""
         return self._running.key
@@ -222,12 +227,18 @@ class Server:
         return self._running.revoke(peer)
 
     @asynccontextmanager
-    async def listen(self, address: str = "0.0.0.0:45456") -> AsyncIterator["Server"]:
-        """Serves at this address until the end of the block; then closes everything."""
+    async def listen(self, address: str = "0.0.0.0:45456", *, tcp: bool | None = None) -> AsyncIterator["Server"]:
+        """Serves at this address until the end of the block; then closes everything.
+
+        ``tcp``: whether clients whose network lets no UDP pass may come over TCP, at the same port number. True raises
+        :class:`BindError` where that is taken; ``None`` goes without then, and logs a warning.
+        """
         if self._core is not None:
             raise UdpackError("the server runs already", code="running")
         routes = [(name, self._concurrency.get(name, 1)) for name in self._routes]
-        self._core = await run(_udpack.bind(address, list(self._channels), routes, self._settings))
+        self._core = await run(_udpack.bind(address, list(self._channels), routes, self._settings, tcp))
+        if self._core.no_tcp is not None:
+            log.warning("not listening on TCP, so only clients that reach %s:%d over UDP can connect: %s", *self.address, self._core.no_tcp)
         asking = asyncio.ensure_future(self._answer(self._core))
         try:
             yield self
@@ -241,9 +252,9 @@ class Server:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def serve(self, address: str = "0.0.0.0:45456") -> None:
-        """Serves until it is cancelled."""
-        async with self.listen(address):
+    async def serve(self, address: str = "0.0.0.0:45456", *, tcp: bool | None = None) -> None:
+        """Serves until it is cancelled; ``tcp`` as for :meth:`listen`."""
+        async with self.listen(address, tcp=tcp):
             await asyncio.get_running_loop().create_future()
 
     async def drain(self, within: float = 30.0) -> None:
