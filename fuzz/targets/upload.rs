@@ -14,7 +14,7 @@ use udpack::Encoded;
 use udpack::wire::{FrameDecoder, Message, PREFIX};
 use udpack_fuzz::{assert_printable, within};
 
-use udpack_transfer::wire::{BadMessage, COPY, Request, decode, decode_reply};
+use udpack_transfer::wire::{BadMessage, COPY, HOLE, Request, decode, decode_reply};
 use udpack_transfer::{Action, Lane, Refusal, RelPath};
 
 fuzz_target!(|input: &[u8]| -> Corpus {
@@ -285,6 +285,29 @@ impl Checked {
                 check_refusal(&refusal, copied.id);
                 self.open = None;
             }
+            (Request::Hole(hole), Action::Hole(told)) => {
+                assert_eq!(*hole, told);
+                let open = self.open.as_mut().expect("an open file");
+                assert_eq!(open.id, hole.id);
+                assert!(!open.short, "a hole in the short form");
+                assert!(open.may_begin_at(hole.offset), "a gap or an overlap");
+                assert!((1..=HOLE).contains(&hole.len));
+                open.next = hole.offset + hole.len;
+                assert!(
+                    open.size.is_none_or(|size| open.next <= size),
+                    "more than declared"
+                );
+            }
+            (Request::Hole(hole), Action::Abort(refusal)) => {
+                let open = fits(hole.id).expect("only the open file can be aborted");
+                let end = hole.offset.checked_add(hole.len);
+                let right = !open.short
+                    && open.may_begin_at(hole.offset)
+                    && end.is_some_and(|end| open.size.is_none_or(|size| end <= size));
+                assert!(!right, "a hole that fits was refused");
+                check_refusal(&refusal, hole.id);
+                self.open = None;
+            }
             (Request::Finish(finish), Action::Finish(finished)) => {
                 assert_eq!(*finish, finished);
                 let open = fits(finish.id).expect("only the open file can be finished");
@@ -355,6 +378,7 @@ impl Checked {
             (
                 Request::Chunk { id, .. }
                 | Request::Copy(udpack_transfer::wire::Copied { id, .. })
+                | Request::Hole(udpack_transfer::wire::Hole { id, .. })
                 | Request::Cancel { id, .. }
                 | Request::Finish(udpack_transfer::wire::Finish { id, .. }),
                 action @ (Action::Refuse(_) | Action::Ignore),

@@ -42,6 +42,7 @@ pub use bytes::Bytes;
 
 pub use base::code::{Code, ErrorKind};
 pub use base::glob::{Exclude, Pattern, PatternError};
+pub use base::mapping::{Mapping, escape_name, unescape_name};
 pub use base::names;
 pub use base::path::{PathError, PathRule, RelPath};
 pub use base::phase::Phase;

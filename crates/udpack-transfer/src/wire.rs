@@ -29,6 +29,9 @@ pub const CHUNK: usize = 256 << 10;
 /// The most bytes that one `copy` stands for.
 pub const COPY: u64 = 16 << 20;
 
+/// Most bytes that one `hole` stands for.
+pub const HOLE: u64 = 16 << 20;
+
 /// The most ranges in one message.
 pub const RANGES: usize = 8_192;
 
@@ -60,6 +63,8 @@ pub enum Request {
     },
     /// Takes bytes of the open file from its base.
     Copy(Copied),
+    /// Bytes of the open file that are zero, and take no room at the client.
+    Hole(Hole),
     /// All bytes of the open file are sent.
     Finish(Finish),
     /// Gives a file up.
@@ -94,6 +99,7 @@ impl Request {
             Self::Get(wish) => wish.id,
             Self::Finish(finish) => finish.id,
             Self::Copy(copied) => copied.id,
+            Self::Hole(hole) => hole.id,
             Self::Chunk { id, .. }
             | Self::Cancel { id, .. }
             | Self::Done { id }
@@ -138,6 +144,17 @@ pub struct Copied {
     /// Offset of that byte in the base.
     pub from: u64,
     /// How many bytes: at least one, at most [`COPY`].
+    pub len: u64,
+}
+
+/// A `hole` message: bytes of the open file that are zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hole {
+    /// The file.
+    pub id: u64,
+    /// Offset of the first byte in it.
+    pub offset: u64,
+    /// How many bytes: at least one, at most [`HOLE`].
     pub len: u64,
 }
 
@@ -224,6 +241,8 @@ pub struct Wish {
     pub have: Have,
     /// The most bytes per second that the client accepts, over all its downloads.
     pub rate: Option<u64>,
+    /// Whether the client takes `hole`.
+    pub holes: bool,
 }
 
 /// A `finish` message.
@@ -259,6 +278,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
         "file" => file(message),
         "chunk" => chunk(message),
         "copy" => copy(message),
+        "hole" => hole(message).map(Request::Hole),
         "finish" => finish(message),
         "cancel" => read("cancel", message, |fields| {
             Ok(Request::Cancel {
@@ -281,6 +301,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 path: names::field(fields, "path")?,
                 have: have(fields)?,
                 rate: fields.opt_u64("rate")?,
+                holes: fields.opt_bool("holes")?.unwrap_or(false),
             }))
         }),
         // This is the short form.
@@ -548,6 +569,23 @@ fn copy(message: &Message) -> Result<Request, BadMessage> {
     })
 }
 
+fn hole(message: &Message) -> Result<Hole, BadMessage> {
+    read("hole", message, |fields| {
+        let hole = Hole {
+            id: fields.u64("id")?,
+            offset: fields.u64("off")?,
+            len: fields.u64("len")?,
+        };
+        if (1..=HOLE).contains(&hole.len) {
+            return Ok(hole);
+        }
+        Err(FieldError::WrongType {
+            key: "len",
+            expected: "u64 from 1 to 16777216",
+        })
+    })
+}
+
 /// The id of a chunk that has neither `id` nor `off`.
 fn short_chunk(message: &Message) -> Option<u64> {
     let fields = message.fields().ok()?;
@@ -593,6 +631,8 @@ pub enum Reply {
         have: Have,
         /// The size of the base, in bytes, if bytes of it may be copied.
         base: Option<u64>,
+        /// Whether the server takes `hole`.
+        holes: bool,
     },
     /// Reports the position of an upload.
     Ack {
@@ -640,6 +680,8 @@ pub enum Reply {
         /// The bytes: a slice of the frame they came in.
         bytes: Bytes,
     },
+    /// Bytes of it that are zero, and take no room at the server.
+    Hole(Hole),
     /// All bytes of a requested file were sent.
     Finish(Finish),
     /// The file was refused or has failed.
@@ -670,6 +712,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
                 id: fields.u64("id")?,
                 have: have(fields)?,
                 base: fields.opt_u64("base")?,
+                holes: fields.opt_bool("holes")?.unwrap_or(false),
             })
         }),
         "ack" => read("ack", message, |fields| {
@@ -706,6 +749,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
             } => Ok(Reply::Chunk { id, offset, bytes }),
             _ => Err(without("chunk", "off")),
         },
+        "hole" => Ok(Reply::Hole(hole(message)?)),
         "finish" => match finish(message)? {
             Request::Finish(finish) if finish.hash.is_some() => Ok(Reply::Finish(finish)),
             _ => Err(without("finish", "hash")),
@@ -821,6 +865,8 @@ pub(crate) struct GetFields<'a> {
     pub(crate) have: Vec<(u64, u64, Hash)>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rate: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) holes: bool,
 }
 
 #[derive(Serialize)]
@@ -840,6 +886,13 @@ pub(crate) struct CopyFields {
     pub(crate) id: u64,
     pub(crate) off: u64,
     pub(crate) from: u64,
+    pub(crate) len: u64,
+}
+
+#[derive(Serialize)]
+pub(crate) struct HoleFields {
+    pub(crate) id: u64,
+    pub(crate) off: u64,
     pub(crate) len: u64,
 }
 
@@ -868,6 +921,8 @@ pub(crate) struct ReadyFields {
     pub(crate) chunk: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) base: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) holes: bool,
 }
 
 #[derive(Serialize)]
@@ -1079,11 +1134,30 @@ mod tests {
                 len: 3,
             }))
         );
+        let hole = HoleFields {
+            id: 7,
+            off: 1,
+            len: HOLE,
+        };
+        let read = Hole {
+            id: 7,
+            offset: 1,
+            len: HOLE,
+        };
+        assert_eq!(
+            decode(&message("hole", &hole)).unwrap(),
+            Some(Request::Hole(read))
+        );
+        assert_eq!(
+            decode_reply(&message("hole", &hole)).unwrap(),
+            Some(Reply::Hole(read))
+        );
         let ready = ReadyFields {
             id: 7,
             have: vec![(0, 3, Hash([9; 32]))],
             chunk: 1,
             base: Some(5),
+            holes: true,
         };
         assert_eq!(
             decode_reply(&message("ready", &ready)).unwrap(),
@@ -1091,6 +1165,7 @@ mod tests {
                 id: 7,
                 have: vec![(0, 3, [9; 32])],
                 base: Some(5),
+                holes: true,
             })
         );
         let done = DoneFields {

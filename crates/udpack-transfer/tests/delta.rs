@@ -15,8 +15,9 @@ use raw::{RawLane, Say, V, chunk, finish, map, resumable, with};
 use serde::Deserialize;
 use udpack::Socket;
 use udpack_transfer::{
-    Accepted, Access, Answer, Delta, Hook, HookAccess, HookOffer, HookStored, IfExists, Outcome,
-    Overwrite, Receiver, ReceiverConfig, Scope, Source, Store, StoreConfig, Uploader,
+    Accepted, Access, Answer, Delta, Downloader, Event, Hook, HookAccess, HookOffer, HookStored,
+    IfExists, Outcome, Overwrite, Receiver, ReceiverConfig, Scope, Source, Store, StoreConfig,
+    Uploader, Wanted,
 };
 
 fn stores() -> StoreConfig {
@@ -154,6 +155,9 @@ async fn a_client_that_may_not_read_sends_everything() {
 /// Replaces a file by another of its size once its chunks have been listed.
 struct Swaps {
     file: std::path::PathBuf,
+    /// Which read that happens before, counted from 0, and how long the other one is.
+    at: usize,
+    len: usize,
     reads: AtomicUsize,
 }
 
@@ -166,8 +170,8 @@ impl Hook for Swaps {
     }
 
     fn allow<'a>(&'a self, what: &'a HookAccess) -> Answer<'a> {
-        if what.access == Access::Read && self.reads.fetch_add(1, Ordering::Relaxed) == 1 {
-            fs::write(&self.file, noise(6, 1_000_000)).expect("write");
+        if what.access == Access::Read && self.reads.fetch_add(1, Ordering::Relaxed) == self.at {
+            fs::write(&self.file, noise(6, self.len)).expect("write");
         }
         Box::pin(std::future::ready(Ok(())))
     }
@@ -186,6 +190,8 @@ async fn a_list_of_chunks_that_is_false_costs_time_and_nothing_else() {
         let store = Store::open(dir.path().join("up"), stores()).expect("a store");
         let swaps = Swaps {
             file: dir.path().join("up/x"),
+            at: 1,
+            len: 1_000_000,
             reads: AtomicUsize::new(0),
         };
         let receiver = Receiver::new(store, readable()).hook(swaps);
@@ -302,6 +308,117 @@ async fn copies_that_cannot_be_are_refused_and_nothing_is_stored() {
         fixture.settled().await;
     })
     .await;
+}
+
+/// Downloads one file over what is in the store.
+async fn get(socket: &Socket, store: &Store, path: &str, delta: Delta) -> Outcome {
+    let downloader = Downloader::new(socket, store.clone())
+        .if_exists(IfExists::Overwrite)
+        .delta(delta);
+    let mut download = downloader.get([Wanted {
+        remote: rel(path),
+        local: rel(path),
+        size: None,
+    }]);
+    loop {
+        match download.next().await.expect("an outcome") {
+            Event::Done(outcome) => return outcome,
+            Event::Failed { error, .. } => panic!("{error}"),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_download_gets_what_the_file_that_it_replaces_has_not() {
+    bounded(async {
+        let fixture = Fixture::with(stores(), readable()).await;
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path(), stores()).expect("a store");
+        let here = dir.path().join("x");
+        let socket = fixture.connect().await;
+        let old = noise(11, 16 << 20);
+        let zeros = vec![0; 2 << 20];
+        let cases = [
+            // The new version, the old one, and how much of it may come.
+            (inserted(&old, 8, 10 << 10), old.clone(), 16 << 20 >> 5),
+            (old.clone(), old.clone(), 0),
+            // Some of it gone, in another order, several times.
+            (
+                [
+                    &old[9_000_000..],
+                    &old[..9_000_000],
+                    &old[5_000_000..6_000_000],
+                ]
+                .concat(),
+                old.clone(),
+                300_000,
+            ),
+            // In the old one several times.
+            (
+                old[..3_000_000].to_vec(),
+                old[..3_000_000].repeat(2),
+                100_000,
+            ),
+            (
+                [&zeros[..], &old[..1_000_000], &zeros[..]].concat(),
+                [&old[..1_000_000], &zeros[..]].concat(),
+                300_000,
+            ),
+            (noise(12, 1_000_000), old.clone(), 1_000_000),
+            // Nothing to compare with.
+            (noise(13, 1_000_000), noise(13, 1000), 1_000_000),
+        ];
+        for (number, (new, before, most)) in cases.into_iter().enumerate() {
+            keep(&fixture, "x", &new);
+            fs::write(&here, &before).expect("write");
+            let outcome = get(&socket, &store, "x", Delta::Always).await;
+            assert!(fs::read(&here).expect("read") == new, "{number}");
+            assert_eq!(outcome.hash, *blake3::hash(&new).as_bytes());
+            assert!(outcome.sent <= most, "{number}: {} sent", outcome.sent);
+            let all = outcome.sent + outcome.copied + outcome.holes;
+            assert_eq!((all, outcome.resumed), (new.len() as u64, 0), "{number}");
+        }
+        fs::write(&here, &old).expect("write");
+        keep(&fixture, "x", &old);
+        let outcome = get(&socket, &store, "x", Delta::Never).await;
+        assert_eq!((outcome.sent, outcome.copied), (old.len() as u64, 0));
+        // Nothing is here.
+        fs::remove_file(&here).expect("remove");
+        let outcome = get(&socket, &store, "x", Delta::Always).await;
+        assert_eq!((outcome.sent, outcome.copied), (old.len() as u64, 0));
+        fixture.settled().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_file_that_changes_behind_its_list_is_still_downloaded_as_it_is() {
+    for len in [1_000_000, 999_999, 1_500_000] {
+        bounded(async {
+            let dir = tempfile::tempdir().expect("a directory");
+            let store = Store::open(dir.path().join("up"), stores()).expect("a store");
+            let swaps = Swaps {
+                file: dir.path().join("up/x"),
+                at: 1,
+                len,
+                reads: AtomicUsize::new(0),
+            };
+            let receiver = Receiver::new(store, readable()).hook(swaps);
+            let tokens = token_file(&dir.path().join("tokens"), &[("anna", "")]);
+            let fixture = Fixture::serve(dir, receiver, tokens).await;
+            let old = noise(5, 1_000_000);
+            keep(&fixture, "x", &old);
+            let here = tempfile::tempdir().expect("a directory");
+            fs::write(here.path().join("x"), &old).expect("write");
+            let store = Store::open(here.path(), stores()).expect("a store");
+            let socket = fixture.connect_as(&token("anna")).await;
+            let outcome = get(&socket, &store, "x", Delta::Always).await;
+            assert_eq!(outcome.size, len as u64);
+            assert!(fs::read(here.path().join("x")).expect("read") == noise(6, len));
+        })
+        .await;
+    }
 }
 
 #[derive(Deserialize)]

@@ -14,7 +14,7 @@ use common::{Fixture, bounded, noise};
 use proptest::prelude::*;
 use raw::{RawLane, cancel, chunk, file, finish, put, with};
 use udpack_transfer::wire::{
-    Copied, DirOffer, Finish, LinkOffer, MetaFields, Offer, Put, Request, Wish,
+    Copied, DirOffer, Finish, Hole, LinkOffer, MetaFields, Offer, Put, Request, Wish,
 };
 use udpack_transfer::{Action, IfExists, Lane, Refusal};
 
@@ -32,6 +32,11 @@ enum Happens {
         id: u64,
         off: Offset,
         len: usize,
+    },
+    Hole {
+        id: u64,
+        off: Offset,
+        len: u64,
     },
     Copy {
         id: u64,
@@ -99,6 +104,9 @@ fn happens() -> impl Strategy<Value = Happens> {
     prop_oneof![
         4 => (id.clone(), size, prop::bool::weighted(0.2)).prop_map(|(id, size, short)| {
             Happens::File { id: if short { 0 } else { id }, size, short }
+        }),
+        3 => (id.clone(), off.clone(), 1..6_u64).prop_map(|(id, off, len)| {
+            Happens::Hole { id, off, len }
         }),
         3 => (id.clone(), off.clone(), 1..6_u64).prop_map(|(id, off, len)| {
             Happens::Copy { id, off, len }
@@ -241,6 +249,26 @@ impl Model {
                 self.fates.insert(*id, Fate::Dropping);
                 verdict
             }
+            Request::Hole(hole) => {
+                let Some(Fate::Open { short, size, next }) = self.fate(hole.id) else {
+                    return self.late(hole.id);
+                };
+                let end = hole.offset.checked_add(hole.len);
+                let verdict = if short {
+                    "bad_message"
+                } else if !self.may_pass(next, hole.offset) {
+                    "bad_offset"
+                } else if let Some(next) = end
+                    && size.is_none_or(|size| next <= size)
+                {
+                    self.fates.insert(hole.id, Fate::Open { short, size, next });
+                    return "hole";
+                } else {
+                    "size_mismatch"
+                };
+                self.fates.insert(hole.id, Fate::Dropping);
+                verdict
+            }
             Request::Copy(copied) => {
                 let id = copied.id;
                 let Some(Fate::Open { short, size, next }) = self.fate(id) else {
@@ -360,6 +388,7 @@ fn word(action: &Action) -> &'static str {
         Action::Begin(_) => "begin",
         Action::Write => "write",
         Action::Copy(_) => "copy",
+        Action::Hole(_) => "hole",
         Action::Finish(_) => "finish",
         Action::Abort(Refusal { code, .. }) | Action::Refuse(Refusal { code, .. }) => code.as_str(),
         Action::Suspend(Refusal { code, .. }) => {
@@ -383,6 +412,7 @@ fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -
         Request::Chunk { id, .. } | Request::Cancel { id, .. } => *id,
         Request::Finish(finish) => finish.id,
         Request::Copy(copied) => copied.id,
+        Request::Hole(hole) => hole.id,
         Request::Dir(DirOffer { id, .. }) | Request::Link(LinkOffer { id, .. }) => *id,
         Request::Get(wish) => wish.id,
         Request::Done { id } => *id,
@@ -402,12 +432,15 @@ fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -
                 request,
                 Request::Chunk { .. }
                     | Request::Copy(_)
+                    | Request::Hole(_)
                     | Request::Finish(_)
                     | Request::Cancel { .. }
             );
             refusal.id == about && (open != Some(about) || offered)
         }
-        Action::Write | Action::Copy(_) | Action::Finish(_) => open == Some(about),
+        Action::Write | Action::Copy(_) | Action::Hole(_) | Action::Finish(_) => {
+            open == Some(about)
+        }
         Action::Begin(offer) => open.is_none() && offer.id == about,
         _ => true,
     }
@@ -485,6 +518,7 @@ proptest! {
                     path: "x".to_owned(),
                     have: Vec::new(),
                     rate: None,
+                    holes: true,
                 }),
                 Happens::File { id, size, short } => Request::File(Offer {
                     id,
@@ -509,6 +543,17 @@ proptest! {
                         Offset::At(at) => Some(at),
                     };
                     Request::Chunk { id, offset, bytes: Bytes::from(vec![0; len]) }
+                }
+                Happens::Hole { id, off, len } => {
+                    let next = match model.fate(id) {
+                        Some(Fate::Open { next, .. }) => next,
+                        _ => 0,
+                    };
+                    let offset = match off {
+                        Offset::At(at) => at,
+                        Offset::Next | Offset::Short => next,
+                    };
+                    Request::Hole(Hole { id, offset, len })
                 }
                 Happens::Copy { id, off, len } => {
                     let next = match model.fate(id) {
@@ -540,6 +585,12 @@ proptest! {
                 (Action::Begin(offer), _) => {
                     written.insert(offer.id, 0);
                     declared.insert(offer.id, offer.size);
+                }
+                (Action::Hole(hole), _) => {
+                    let count = written.entry(hole.id).or_default();
+                    *count += hole.len;
+                    let most = declared.get(&hole.id).copied().flatten();
+                    prop_assert!(most.is_none_or(|most| *count <= most));
                 }
                 (Action::Copy(copied), _) => {
                     let count = written.entry(copied.id).or_default();

@@ -219,6 +219,7 @@ fn asked(request: Request) -> Said {
             ("path", Some(name(&wish.path))),
             ("have", ranges(&wish.have)),
             ("rate", wish.rate.and_then(int)),
+            ("holes", flag(wish.holes)),
         ],
         Request::Chunk { id, offset, bytes } => vec![
             ("id", offset.and_then(|_| int(id))),
@@ -230,6 +231,11 @@ fn asked(request: Request) -> Said {
             ("off", int(copied.offset)),
             ("from", int(copied.from)),
             ("len", int(copied.len)),
+        ],
+        Request::Hole(hole) => vec![
+            ("id", int(hole.id)),
+            ("off", int(hole.offset)),
+            ("len", int(hole.len)),
         ],
         Request::Finish(finish) => vec![
             ("id", finish.hash.and_then(|_| int(finish.id))),
@@ -246,10 +252,16 @@ fn asked(request: Request) -> Said {
 
 fn answered(reply: Reply) -> Said {
     match reply {
-        Reply::Ready { id, have, base } => vec![
+        Reply::Ready {
+            id,
+            have,
+            base,
+            holes,
+        } => vec![
             ("id", int(id)),
             ("have", ranges(&have)),
             ("base", base.and_then(int)),
+            ("holes", flag(holes)),
         ],
         Reply::Ack { id, recv, safe } => {
             vec![("id", int(id)), ("recv", int(recv)), ("safe", int(safe))]
@@ -299,6 +311,11 @@ fn answered(reply: Reply) -> Said {
                 ("chunk", bin(&bytes)),
             ]
         }
+        Reply::Hole(hole) => vec![
+            ("id", int(hole.id)),
+            ("off", int(hole.offset)),
+            ("len", int(hole.len)),
+        ],
         Reply::Finish(finish) => vec![
             ("id", int(finish.id)),
             ("size", finish.size.and_then(int)),

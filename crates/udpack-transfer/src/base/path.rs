@@ -397,7 +397,7 @@ fn check_special(name: &str) -> Result<(), PathRule> {
 
 /// Whether the name is a device on Windows. Superscript digits are digits after NFKC, so they need no case of their
 /// own.
-fn is_reserved(name: &str) -> bool {
+pub(super) fn is_reserved(name: &str) -> bool {
     let stem = name.split_once('.').map_or(name, |(stem, _)| stem).trim();
     if RESERVED
         .iter()

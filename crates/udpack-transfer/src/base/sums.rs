@@ -5,6 +5,7 @@
 //! only when the hash of the whole file is right.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use fastcdc::v2020::FastCDC;
 
@@ -130,6 +131,8 @@ pub(crate) struct Sums {
     cutter: Cutter,
     /// Where the chunks with these hashes are, and how long they are.
     places: HashMap<[u8; SUM], (u64, u32)>,
+    /// Where those are again that are there several times.
+    repeated: HashMap<[u8; SUM], Vec<u64>>,
     /// Where the next page begins.
     end: u64,
     count: usize,
@@ -140,6 +143,7 @@ impl Sums {
         Self {
             cutter,
             places: HashMap::new(),
+            repeated: HashMap::new(),
             end: 0,
             count: 0,
         }
@@ -175,7 +179,15 @@ impl Sums {
             }
             self.count += 1;
             let sum: [u8; SUM] = sum.try_into().unwrap_or_default();
-            self.places.entry(sum).or_insert((self.end, len));
+            match self.places.entry(sum) {
+                Entry::Vacant(place) => {
+                    place.insert((self.end, len));
+                }
+                Entry::Occupied(first) if first.get().1 == len => {
+                    self.repeated.entry(sum).or_default().push(self.end);
+                }
+                Entry::Occupied(_) => {}
+            }
             self.end = self
                 .end
                 .checked_add(len.into())
@@ -188,6 +200,20 @@ impl Sums {
     pub(crate) fn find(&self, chunk: &[u8]) -> Option<u64> {
         let (from, len) = self.places.get(&sum(chunk))?;
         (*len as usize == chunk.len()).then_some(*from)
+    }
+
+    /// All places where the other side has these bytes, told once.
+    pub(crate) fn take(&mut self, chunk: &[u8]) -> Vec<u64> {
+        let sum = sum(chunk);
+        match self.places.get(&sum) {
+            Some((first, len)) if *len as usize == chunk.len() => {
+                let mut all = self.repeated.remove(&sum).unwrap_or_default();
+                all.push(*first);
+                self.places.remove(&sum);
+                all
+            }
+            _ => Vec::new(),
+        }
     }
 }
 
@@ -264,6 +290,24 @@ mod tests {
             }
         }
         assert!(found > 900_000 && fresh < 80_000, "{found} {fresh}");
+    }
+
+    #[test]
+    fn each_place_of_a_chunk_is_told_once() {
+        let mut list = Vec::new();
+        for chunk in [&b"one"[..], b"two", b"one", b"three", b"one"] {
+            write(&mut list, chunk);
+        }
+        let mut sums = Sums::new(Cutter::fit(1));
+        sums.read(&list).expect("a list");
+        let mut all = sums.take(b"one");
+        all.sort_unstable();
+        assert_eq!(all, [0, 6, 14]);
+        assert_eq!(sums.take(b"two"), [3]);
+        for told in [&b"one"[..], b"two", b"four"] {
+            assert!(sums.take(told).is_empty());
+        }
+        assert_eq!(sums.find(b"three"), Some(9));
     }
 
     #[test]

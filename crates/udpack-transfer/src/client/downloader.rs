@@ -15,8 +15,12 @@ use tokio::time::Instant;
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
+use crate::base::sums::Sums;
 use crate::client::link::Link;
 use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
+use crate::client::queue::SMALL;
+use crate::client::remote::Remote;
+use crate::client::uploader::{Delta, no_delta};
 use crate::local::error::TransferError;
 use crate::local::limiter::Limiter;
 use crate::staging::file::Gathered;
@@ -43,6 +47,7 @@ pub struct Downloader {
     if_exists: IfExists,
     preserve: bool,
     umask: Option<u32>,
+    delta: Delta,
     limit: Limiter,
 }
 
@@ -70,6 +75,7 @@ impl Downloader {
             if_exists: IfExists::default(),
             preserve: false,
             umask: None,
+            delta: Delta::default(),
             limit: Limiter::unlimited(),
         }
     }
@@ -97,6 +103,13 @@ impl Downloader {
     /// does with the umask. Defaults to `None`: files are for their owner only.
     pub fn umask(mut self, umask: Option<u32>) -> Self {
         self.umask = umask;
+        self
+    }
+
+    /// When to take from the file that is replaced what the new one has in common with it: with [`IfExists::Overwrite`], of
+    /// files above 256 KiB. Where the server lists no chunks, all is sent. Defaults to [`Delta::Auto`].
+    pub fn delta(mut self, delta: Delta) -> Self {
+        self.delta = delta;
         self
     }
 
@@ -128,6 +141,9 @@ impl Downloader {
         let link_events = self.link.events();
         let paths = self.link.each();
         let context = Arc::new(Context {
+            remote: Remote::new(&self.link),
+            delta: self.delta,
+            no_delta: AtomicBool::new(false),
             staging: Staging::new(Target::Disk(self.store)),
             if_exists: self.if_exists,
             preserve: self.preserve,
@@ -255,6 +271,10 @@ pub fn apply_entry(
 /// State that all parts of a download share.
 #[derive(Debug)]
 struct Context {
+    /// Whom to ask for chunks, when, and whether it lists none.
+    remote: Remote,
+    delta: Delta,
+    no_delta: AtomicBool,
     staging: Staging<Arriving>,
     if_exists: IfExists,
     preserve: bool,
@@ -270,7 +290,62 @@ struct Context {
     totals: Arc<Totals>,
 }
 
+/// A file off the queue that has no worker yet: it goes back when it is dropped.
+struct Held<'a> {
+    context: &'a Context,
+    job: Option<Job>,
+}
+
+impl<'a> Held<'a> {
+    fn new(context: &'a Context, job: Job) -> Self {
+        let job = Some(job);
+        Self { context, job }
+    }
+
+    fn take(mut self) -> Option<Job> {
+        self.job.take()
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(job) = self.job.take() {
+            self.context.queue.put_back(job);
+        }
+    }
+}
+
 impl Context {
+    /// The chunks of a file at the server, where one is here that it is likely to have bytes of and asking can pay.
+    async fn sums(&self, job: &Job, pays: bool) -> Option<Sums> {
+        let wanted = &job.wanted;
+        let large = wanted.size.is_none_or(|size| size > SMALL);
+        let asks = pays && large && !job.again && self.if_exists == IfExists::Overwrite;
+        if !asks || self.no_delta.load(Ordering::Relaxed) {
+            return None;
+        }
+        let target = self.staging.target().clone();
+        let (looking, path) = (target.clone(), wanted.local.clone());
+        let found = target.run(async move { looking.stat(Some(&path)).await });
+        let Ok(Some(Ok(here))) = found.await else {
+            return None;
+        };
+        if here.kind != Kind::File || here.size <= SMALL {
+            return None;
+        }
+        let size = wanted.size.unwrap_or(here.size);
+        match self.remote.sums(&wanted.remote, size).await {
+            Ok(sums) => Some(sums).filter(|sums| sums.end() > SMALL && !sums.is_full()),
+            Err(error) => {
+                if no_delta(&error) {
+                    self.no_delta.store(true, Ordering::Relaxed);
+                }
+                tracing::debug!(%error, path = wanted.remote.as_str(), "no chunks to compare with");
+                None
+            }
+        }
+    }
+
     /// The collector of small files, which a download does not use.
     fn gathered(&self) -> Gathered<Arriving> {
         self.staging.gathered()
@@ -298,8 +373,10 @@ impl Context {
             size: arrived.size,
             hash: arrived.hash,
             sent: job.received,
-            resumed: job.resumed,
-            copied: 0,
+            resumed: job.resumed.saturating_sub(job.copied),
+            holes: job.holes,
+            torn: false,
+            copied: job.copied.min(job.resumed),
             same: arrived.same,
             skipped: arrived.skipped,
             sync: arrived.sync,
@@ -358,6 +435,9 @@ struct Job {
     /// Bytes received over the network, and bytes that existed already.
     received: u64,
     resumed: u64,
+    /// Bytes of holes, and bytes that the file which is replaced had.
+    holes: u64,
+    copied: u64,
     since: Option<Instant>,
     started: bool,
     /// Whether this is the second attempt, because the first one's bytes did not match the server's hash.
@@ -490,6 +570,8 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
                 counted: 0,
                 received: 0,
                 resumed: 0,
+                holes: 0,
+                copied: 0,
                 since: None,
                 started: false,
                 again: false,
@@ -565,10 +647,17 @@ async fn settle(
         }
         End::Failed(error) => {
             asked.given_up();
-            let corrupt = matches!(
-                &error,
-                TransferError::Store(error) if matches!(**error, StoreError::HashMismatch { .. })
-            );
+            let corrupt = match &error {
+                TransferError::Store(error) => match **error {
+                    StoreError::HashMismatch { .. } => true,
+                    // The list of chunks was not that of this file.
+                    StoreError::SizeMismatch { .. } | StoreError::BadOffset { .. } => {
+                        job.copied > 0
+                    }
+                    _ => false,
+                },
+                _ => false,
+            };
             if corrupt && !job.again {
                 // The resumed part may have been damaged. The store has removed it: download the whole file again.
                 tracing::warn!(path = %job.wanted.local, "the bytes are not the server's: once more");

@@ -65,6 +65,8 @@ impl From<Fetched> for Outcome {
             sent: fetched.received,
             resumed: 0,
             copied: 0,
+            holes: 0,
+            torn: false,
             same: false,
             skipped: false,
             sync: None,
@@ -230,6 +232,7 @@ impl<W: AsyncWrite + Unpin + ?Sized> Arriving<'_, W> {
             path: self.path.as_str(),
             have: wire::ranges(&have),
             rate: self.fetch.limit.rate(),
+            holes: false,
         };
         let lost = || TransferError::Closed(lane_end(channel, socket));
         if channel.send("get", &wish).await.is_err() {
@@ -303,7 +306,9 @@ impl<W: AsyncWrite + Unpin + ?Sized> Arriving<'_, W> {
                         retry,
                     });
                 }
-                Some(Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_)) => {
+                Some(
+                    Reply::File { .. } | Reply::Chunk { .. } | Reply::Hole(_) | Reply::Finish(_),
+                ) => {
                     let text = "a download that was not asked for, or twice".to_owned();
                     return Err(TransferError::Protocol(text));
                 }

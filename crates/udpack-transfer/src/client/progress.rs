@@ -134,6 +134,11 @@ pub struct Outcome {
     /// Bytes that the receiver copied from an older version or another file of its own: see
     /// [`Uploader::delta`](crate::Uploader::delta).
     pub copied: u64,
+    /// Bytes of holes, which were told and not sent.
+    pub holes: u64,
+    /// Its source changed while it was read: what is stored may be none of its states. See
+    /// [`Uploader::may_tear`](crate::Uploader::may_tear).
+    pub torn: bool,
     /// Whether an identical file was stored already.
     pub same: bool,
     /// Whether [`IfExists::Skip`](crate::IfExists::Skip) kept a stored file: `size` and `hash` are those of that file.

@@ -21,12 +21,12 @@ use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::client::remote::Remote;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
-use crate::local::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
+use crate::local::source::{self, Buffers, Known, Opened, Origin, Piece, Source, Whole};
 use crate::store::{IfExists, Meta, OtherTime, Time};
 use crate::wire::CHANNEL;
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, CopyFields, DirFields, FileFields, FinishFields,
-    Hash, Have, LinkFields, MetaFields, PutFields, Reply, Run,
+    Hash, Have, HoleFields, LinkFields, MetaFields, PutFields, Reply, Run,
 };
 
 /// Files of one lane that may wait for their `done`.
@@ -48,8 +48,13 @@ const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// A file that the server failed to store is sent again this many times. The first pause is this long.
 const TRIES: u32 = 3;
 const TRY_PAUSE: Duration = Duration::from_millis(500);
-/// From this round-trip time on, a file is compared with the server's bytes before it is sent.
+/// From this round-trip time on, a file is compared with what the other side has of it.
 const FAR: Duration = Duration::from_millis(2);
+/// Below the first rate comparing pays on any path, and above the second on none, in bytes a second.
+const SLOW: f64 = 16e6;
+const FAST: f64 = 400e6;
+/// A rate is known after this time and this many bytes.
+const MEASURED: (Duration, u64) = (Duration::from_secs(1), 4 << 20);
 /// An upload fails after this many lanes in a row that end without progress on a live socket.
 const SETBACKS: u32 = 10;
 
@@ -64,17 +69,18 @@ pub struct Uploader {
     umask: Option<u32>,
     resume: bool,
     delta: Delta,
+    may_tear: bool,
     limiter: Limiter,
 }
 
-/// When to send only the differences from a file that the server has: from its old version, or from the
-/// [`base`](Source::base) of a source. The server lists the chunks of that file; their borders depend on its content.
-/// It copies the chunks that the source has, too. The stored file is verified as a whole in any case.
+/// When to send only the differences from a file that the receiver has: from the old version, or from the
+/// [`base`](Source::base) of a source. The server lists the chunks of its file; their borders depend on its content. The
+/// receiver copies the chunks that both files have. The stored file is verified as a whole in any case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Delta {
-    /// Where sending bytes takes longer than reading them twice: on a path with a round trip of 2 ms or more, or with a
-    /// [`limit`](Uploader::limit).
+    /// Where sending bytes takes longer than reading them twice: with a [`limit`](Uploader::limit), at less than 16 MB/s so
+    /// far, and on a path with a round trip of 2 ms or more unless it carried more than 400 MB/s so far.
     #[default]
     Auto,
     /// For every file above 256 KiB, and for each smaller one that has a [`base`](Source::base), which must then be
@@ -82,6 +88,55 @@ pub enum Delta {
     Always,
     /// Never.
     Never,
+}
+
+impl Delta {
+    /// Whether comparing pays on a path like this, of which this rate is known.
+    pub(crate) fn pays(self, rtt: Duration, limited: bool, rate: Option<f64>) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Always => true,
+            Self::Auto if limited => true,
+            Self::Auto => match rate {
+                Some(rate) if rate < SLOW => true,
+                Some(rate) if rate > FAST => false,
+                _ => rtt >= FAR,
+            },
+        }
+    }
+}
+
+/// How fast a connection was since a lane began on it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Measure {
+    since: Instant,
+    before: u64,
+}
+
+impl Measure {
+    /// Begins with so many bytes.
+    pub(crate) fn new(before: u64) -> Self {
+        let since = Instant::now();
+        Self { since, before }
+    }
+
+    /// Bytes a second until now, where there are so many; `None` where that says little yet.
+    pub(crate) fn rate(&self, now: u64) -> Option<f64> {
+        let (passed, bytes) = (self.since.elapsed(), now.saturating_sub(self.before));
+        let enough = passed >= MEASURED.0 && bytes >= MEASURED.1;
+        enough.then(|| bytes as f64 / passed.as_secs_f64())
+    }
+}
+
+/// Whether a server lists no chunks for this client, of whichever file.
+pub(crate) fn no_delta(error: &TransferError) -> bool {
+    matches!(
+        error,
+        TransferError::Refused {
+            code: Code::Unsupported | Code::Forbidden,
+            ..
+        }
+    )
 }
 
 impl Uploader {
@@ -96,6 +151,7 @@ impl Uploader {
             umask: None,
             resume: true,
             delta: Delta::default(),
+            may_tear: false,
             limiter: Limiter::unlimited(),
         }
     }
@@ -139,6 +195,14 @@ impl Uploader {
     /// Defaults to [`Delta::Auto`].
     pub fn delta(mut self, delta: Delta) -> Self {
         self.delta = delta;
+        self
+    }
+
+    /// Stores a file that changes while it is read as it was read, from its beginning to its end, instead of failing it:
+    /// [`Outcome::torn`](crate::Outcome::torn) says so. Its hash is that of what was read. One that gets shorter fails all the
+    /// same. Defaults to no.
+    pub fn may_tear(mut self, may_tear: bool) -> Self {
+        self.may_tear = may_tear;
         self
     }
 
@@ -360,6 +424,10 @@ struct Sent {
     arrived: u64,
     /// Bytes that the server copied from the base.
     copied: u64,
+    /// Bytes of holes.
+    holes: u64,
+    /// The source changed while it was read.
+    torn: bool,
     /// Whether nothing was sent in this attempt yet.
     untouched: bool,
     ready: Option<oneshot::Sender<Ready>>,
@@ -374,17 +442,20 @@ impl Sent {
             ahead: VecDeque::new(),
             arrived: 0,
             copied: 0,
+            holes: 0,
+            torn: false,
             untouched: true,
             ready: None,
         }
     }
 }
 
-/// What the server has of a file, and the size of the base if bytes of it may be copied.
+/// What the server has of a file, the size of the base if bytes of it may be copied, and whether it takes holes.
 #[derive(Debug)]
 struct Ready {
     have: Have,
     base: Option<u64>,
+    holes: bool,
 }
 
 impl Sent {
@@ -610,6 +681,7 @@ async fn serve(
         flight,
         events,
         pace: &pace,
+        measure: Measure::new(channel.stats().wire_sent),
     };
     let sending = async {
         let result = lane.send_all(next).await;
@@ -660,6 +732,7 @@ struct Lane<'a> {
     flight: &'a InFlight,
     events: &'a mpsc::Sender<Event>,
     pace: &'a Pace,
+    measure: Measure,
 }
 
 /// A small file, read and hashed; `None` when it is not small any more.
@@ -734,7 +807,8 @@ impl Sending {
         let at = match piece {
             Piece::Chunk { offset, .. }
             | Piece::Same { offset, .. }
-            | Piece::Copy { offset, .. } => *offset,
+            | Piece::Copy { offset, .. }
+            | Piece::Hole { offset, .. } => *offset,
             Piece::End { size, .. } => *size,
             Piece::Failed(_) => self.position,
         };
@@ -953,7 +1027,7 @@ impl Lane<'_> {
     }
 
     async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
-        let mut sums = self.sums(&claim).await;
+        let sums = self.sums(&claim).await;
         let base = sums.as_ref().and_then(|_| base_of(&claim.source));
         claim.based |= base.is_some();
         let early = match base {
@@ -990,29 +1064,34 @@ impl Lane<'_> {
         if !self.send_head(id, size, head).await? {
             return Ok(());
         }
-        let have = if waits {
+        let may_tear = uploader.may_tear;
+        let known = if waits {
             match ready.await {
-                Ok(Ready { have, base }) => {
-                    sums = sums.filter(|_| base.is_some());
-                    have
-                }
+                Ok(Ready { have, base, holes }) => Known {
+                    have,
+                    sums: sums.filter(|_| base.is_some()),
+                    holes,
+                    may_tear,
+                },
                 // The file has its outcome already.
                 Err(_) => return Ok(()),
             }
         } else {
-            sums = None;
-            Have::new()
+            Known {
+                may_tear,
+                ..Known::default()
+            }
         };
-        if let Some((0, len, _)) = have.first()
+        if let Some((0, len, _)) = known.have.first()
             && *len >= early
         {
             // What an earlier attempt sent is part of the file, or the comparison will show that it is not.
             self.flight.with(id, |sent| sent.untouched = true);
         }
-        let sending = Sending::new(id, source, size, early, &have);
+        let sending = Sending::new(id, source, size, early, &known.have);
         self.pace.adapt(&self.channel.stats());
         let buffers = self.shared.buffers.clone();
-        let pieces = opened.read(have, sums, self.pace.clone(), buffers, None);
+        let pieces = opened.read(known, self.pace.clone(), buffers, None);
         self.send_pieces(sending, pieces).await
     }
 
@@ -1044,7 +1123,7 @@ impl Lane<'_> {
     ) -> Result<(), LaneOver> {
         let id = sending.id;
         while let Some(piece) = self.next_piece(&sending, &mut pieces).await? {
-            if sending.stored && matches!(piece, Piece::Chunk { .. }) {
+            if sending.stored && matches!(piece, Piece::Chunk { .. } | Piece::Hole { .. }) {
                 // A range longer than that means a finished file, and it is a different one.
                 return self.give_up(id, sending.exists()).await;
             }
@@ -1073,14 +1152,32 @@ impl Lane<'_> {
                     let fields = CopyFields { id, off, from, len };
                     self.channel.send("copy", &fields).await?;
                 }
+                Piece::Hole { offset, len } => {
+                    sending.position = offset + len;
+                    let known = self.flight.with(id, |sent| {
+                        sent.untouched = false;
+                        sent.holes += len;
+                        sent.unsent(offset, len);
+                    });
+                    if known.is_none() {
+                        return Ok(());
+                    }
+                    let fields = HoleFields {
+                        id,
+                        off: offset,
+                        len,
+                    };
+                    self.channel.send("hole", &fields).await?;
+                }
                 Piece::Chunk { offset, bytes } => {
                     sending.position = offset + bytes.len() as u64;
                     if !self.send_chunk(id, sending.size, offset, bytes).await? {
                         return Ok(());
                     }
                 }
-                Piece::End { size, hash } => {
+                Piece::End { size, hash, torn } => {
                     self.flight.with(id, |sent| {
+                        sent.torn = torn;
                         sent.claim.told = Some((size, hash));
                     });
                     return self.finish(id, size, hash).await;
@@ -1213,11 +1310,10 @@ impl Lane<'_> {
     /// Whether asking the server what it has can pay off.
     fn pays(self) -> bool {
         let uploader = &self.shared.uploader;
-        let pays = match uploader.delta {
-            Delta::Never => false,
-            Delta::Always => true,
-            Delta::Auto => self.channel.stats().rtt >= FAR || uploader.limiter.rate().is_some(),
-        };
+        let stats = self.channel.stats();
+        let rate = self.measure.rate(stats.wire_sent);
+        let limited = uploader.limiter.rate().is_some();
+        let pays = uploader.delta.pays(stats.rtt, limited, rate);
         pays && !self.shared.no_delta.load(Ordering::Relaxed)
     }
 
@@ -1235,9 +1331,7 @@ impl Lane<'_> {
         match self.shared.remote.sums(&base, claim.size).await {
             Ok(sums) => Some(sums),
             Err(error) => {
-                if let TransferError::Refused { code, .. } = &error
-                    && matches!(code, Code::Unsupported | Code::Forbidden)
-                {
+                if no_delta(&error) {
                     self.shared.no_delta.store(true, Ordering::Relaxed);
                 }
                 tracing::debug!(%error, path = claim.source.remote(), "no chunks to compare with");
@@ -1348,11 +1442,16 @@ impl Lane<'_> {
     async fn take(self, reply: Reply) {
         match reply {
             // These belong to downloads.
-            Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_) => {}
-            Reply::Ready { id, have, base } => {
+            Reply::File { .. } | Reply::Chunk { .. } | Reply::Hole(_) | Reply::Finish(_) => {}
+            Reply::Ready {
+                id,
+                have,
+                base,
+                holes,
+            } => {
                 let tell = self.flight.with(id, |sent| sent.ready.take()).flatten();
                 if let Some(tell) = tell {
-                    let _ = tell.send(Ready { have, base });
+                    let _ = tell.send(Ready { have, base, holes });
                 }
             }
             Reply::Ack { id, recv, safe } => {
@@ -1424,6 +1523,8 @@ impl Lane<'_> {
             sent: claim.sent,
             resumed: if there { 0 } else { sent.skipped },
             copied: sent.copied,
+            holes: if same { 0 } else { sent.holes },
+            torn: sent.torn,
             same,
             skipped: there && !same,
             sync,
@@ -1577,4 +1678,41 @@ pub(crate) fn lane_end(channel: &Channel, socket: &Socket) -> CloseReason {
         ),
     };
     CloseReason::new(code, text, Side::Peer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comparing_pays_where_bytes_come_slowly() {
+        let (near, far) = (Duration::from_micros(200), Duration::from_millis(50));
+        for (rtt, limited, rate, pays) in [
+            (near, false, None, false),
+            (far, false, None, true),
+            (near, true, None, true),
+            (near, false, Some(11e6), true),
+            (near, false, Some(110e6), false),
+            (far, false, Some(110e6), true),
+            (far, false, Some(900e6), false),
+            (far, true, Some(900e6), true),
+        ] {
+            assert_eq!(
+                Delta::Auto.pays(rtt, limited, rate),
+                pays,
+                "{rtt:?} {limited} {rate:?}"
+            );
+        }
+        assert!(Delta::Always.pays(near, false, Some(900e6)));
+        assert!(!Delta::Never.pays(far, true, Some(1e6)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_is_told_once_enough_has_come() {
+        let measure = Measure::new(1000);
+        assert_eq!(measure.rate(1000 + (8 << 20)), None);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert_eq!(measure.rate(1000 + (1 << 20)), None);
+        assert_eq!(measure.rate(1000 + (8 << 20)), Some(f64::from(4 << 20)));
+    }
 }

@@ -28,6 +28,12 @@ pub enum TransferError {
         /// The path.
         path: PathBuf,
     },
+    /// What a directory holds is a device, a socket or a pipe.
+    #[error("neither file, directory nor link: {}", path.display())]
+    Special {
+        /// The path.
+        path: PathBuf,
+    },
     /// The local file's name is not a valid name at the server.
     #[error("cannot send {}: {reason}", path.display())]
     Name {
@@ -83,7 +89,9 @@ impl TransferError {
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Source { .. } | Self::NotAFile { .. } | Self::Write(_) => ErrorKind::LocalFile,
+            Self::Source { .. } | Self::NotAFile { .. } | Self::Special { .. } | Self::Write(_) => {
+                ErrorKind::LocalFile
+            }
             Self::Name { .. } => ErrorKind::Policy,
             Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
             Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
@@ -109,6 +117,7 @@ impl TransferError {
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
             Self::Source { .. }
             | Self::NotAFile { .. }
+            | Self::Special { .. }
             | Self::Name { .. }
             | Self::Write(_)
             | Self::Protocol(_) => false,
@@ -158,6 +167,7 @@ impl TransferError {
             Self::Connect(error) => Self::Connect(error.clone()),
             Self::Silent(time) => Self::Silent(*time),
             Self::NotAFile { path } => Self::NotAFile { path: path.clone() },
+            Self::Special { path } => Self::Special { path: path.clone() },
             Self::Name { path, reason } => Self::Name {
                 path: path.clone(),
                 reason: reason.clone(),

@@ -14,11 +14,12 @@ use udpack::Place;
 
 use crate::base::path::RelPath;
 use crate::base::sums::{Cutting, Sums};
+use crate::base::zeros;
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
 use crate::local::spool::{Compared, Next, Spool};
 use crate::store::{Existing, Meta, Stored, Time, hash_file};
-use crate::wire::{CHUNK, COPY, Have};
+use crate::wire::{CHUNK, COPY, HOLE, Have};
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
@@ -422,11 +423,31 @@ pub(crate) enum Piece {
         from: u64,
         len: u64,
     },
+    /// These bytes are zero, and take no room here.
+    Hole {
+        offset: u64,
+        len: u64,
+    },
     End {
         size: u64,
         hash: [u8; 32],
+        /// It changed while it was read.
+        torn: bool,
     },
     Failed(TransferError),
+}
+
+/// What is known before a file is read.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    /// What it has of the file.
+    pub(crate) have: Have,
+    /// The chunks of its base.
+    pub(crate) sums: Option<Sums>,
+    /// It takes holes.
+    pub(crate) holes: bool,
+    /// What was read is sent to its end also where the file has changed meanwhile.
+    pub(crate) may_tear: bool,
 }
 
 impl Opened {
@@ -464,6 +485,8 @@ impl Opened {
         let head = match &mut self.from {
             OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) | OpenedFrom::Kept(_) => Bytes::new(),
             OpenedFrom::Memory(bytes) => slice(bytes, 0, want as u64),
+            // It may begin with a hole.
+            OpenedFrom::File { metadata, .. } if is_sparse(metadata) => Bytes::new(),
             OpenedFrom::File { file, .. } => {
                 let mut head = vec![0; want];
                 let filled =
@@ -488,11 +511,10 @@ impl Opened {
     ///
     /// Ranges of `have` that are equal here are skipped. Everything is read once, except ranges that differ: these are
     /// read again to be sent, and only the second read counts. Bytes in no range are looked for among `sums`, the
-    /// chunks of the base.
+    /// chunks of the base. Holes are not read if the other side takes them.
     pub(crate) fn read(
         self,
-        have: Have,
-        sums: Option<Sums>,
+        known: Known,
         pace: Pace,
         buffers: Buffers,
         place: Option<Place>,
@@ -502,14 +524,7 @@ impl Opened {
             let _place = place;
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
             let unwanted = || pieces.is_closed();
-            match self.pump(
-                &have,
-                sums.as_ref(),
-                &buffers,
-                &|| pace.chunk(),
-                &mut take,
-                &unwanted,
-            ) {
+            match self.pump(&known, &buffers, &|| pace.chunk(), &mut take, &unwanted) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => {}
                 Err(Stop::Failed(error)) => {
@@ -548,8 +563,7 @@ impl Opened {
 
     fn pump(
         self,
-        have: &Have,
-        sums: Option<&Sums>,
+        known: &Known,
         buffers: &Buffers,
         chunk: &dyn Fn() -> usize,
         take: &mut dyn FnMut(Piece) -> bool,
@@ -563,8 +577,19 @@ impl Opened {
             samples,
             ..
         } = self;
+        let Known {
+            have,
+            sums,
+            holes,
+            may_tear,
+        } = known;
+        let sparse = match &from {
+            OpenedFrom::File { metadata, .. } => *holes && is_sparse(metadata),
+            _ => false,
+        };
         let mut pump = Pump {
             path: &path,
+            sparse,
             at: hasher.count(),
             hasher: *hasher,
             samples: matches!(from, OpenedFrom::File { .. }).then_some(samples),
@@ -573,6 +598,7 @@ impl Opened {
             take,
             unwanted,
         };
+        let mut torn = false;
         match (from, size) {
             (OpenedFrom::Spooled(spool), _) => return pump.unspool(&spool, have),
             (OpenedFrom::Reader(reader), _) => {
@@ -630,18 +656,55 @@ impl Opened {
                     }
                 }
                 match sums {
-                    Some(sums) => pump.send_delta(&mut file, size, sums)?,
+                    Some(sums) => pump.send_changed(&mut file, size, sums)?,
                     None => pump.send_to(&mut file, size)?,
                 }
-                pump.settled(&mut file, &before)?;
+                match pump.change(&mut file, &before)? {
+                    None => {}
+                    Some(_) if *may_tear => torn = true,
+                    Some(change) => return Err(pump.changed(change)),
+                }
             }
         }
         let end = Piece::End {
             size: pump.at,
             hash: *pump.hasher.finalize().as_bytes(),
+            torn,
         };
         pump.give(end)
     }
+}
+
+/// Whether a file seems to have holes: it takes less room than it has bytes.
+fn is_sparse(metadata: &Metadata) -> bool {
+    metadata.blocks().saturating_mul(512) < metadata.len()
+}
+
+/// Where data comes next, from this offset on; `None` where none does. Moves the position.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn next_data(file: &File, at: u64) -> Option<u64> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Ok(data) => Some(data),
+        Err(rustix::io::Errno::NXIO) => None,
+        // A file system that cannot tell; what else may be wrong, reading tells.
+        Err(_) => Some(at),
+    }
+}
+
+/// Where this data ends. Moves the position.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn next_hole(file: &File, at: u64) -> u64 {
+    rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(at)).unwrap_or(u64::MAX)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn next_data(_: &File, at: u64) -> Option<u64> {
+    Some(at)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn next_hole(_: &File, _: u64) -> u64 {
+    u64::MAX
 }
 
 /// Whether a file was changed since it was opened, its content or its metadata. A program that restores the
@@ -806,6 +869,8 @@ struct Pump<'a> {
     /// The hash of everything up to `at`.
     hasher: blake3::Hasher,
     at: u64,
+    /// Holes are looked for.
+    sparse: bool,
     /// Set when the source is a file.
     samples: Option<Samples>,
     buffers: &'a Buffers,
@@ -837,7 +902,8 @@ impl Pump<'_> {
         {
             let (offset, len) = (0, size);
             self.give(Piece::Same { offset, len })?;
-            return self.give(Piece::End { size, hash });
+            let torn = false;
+            return self.give(Piece::End { size, hash, torn });
         }
         let mut offset = spool.begin(have).map_err(|error| self.failed(error))?;
         if offset > 0 {
@@ -872,7 +938,10 @@ impl Pump<'_> {
                     self.give(Piece::Chunk { offset, bytes })?;
                     offset += len;
                 }
-                Next::End { size, hash } => return self.give(Piece::End { size, hash }),
+                Next::End { size, hash } => {
+                    let torn = false;
+                    return self.give(Piece::End { size, hash, torn });
+                }
                 Next::Unwanted => return Err(Stop::Unwanted),
             }
         }
@@ -897,9 +966,9 @@ impl Pump<'_> {
         }
     }
 
-    /// Called when all of a file was read. Checks that the bytes were one state of the file, as far as a change can be
-    /// detected. If only its times have changed, it is read once more.
-    fn settled(&mut self, file: &mut File, before: &Metadata) -> Result<(), Stop> {
+    /// Called when all of a file was read. Tells how the file changed meanwhile, as far as a change can be detected. If
+    /// only its times have changed, it is read once more.
+    fn change(&mut self, file: &mut File, before: &Metadata) -> Result<Option<String>, Stop> {
         let failed = |error| {
             Stop::Failed(TransferError::Source {
                 path: self.path.to_owned(),
@@ -909,14 +978,14 @@ impl Pump<'_> {
         let now = file.metadata().map_err(failed)?;
         if now.len() != before.len() {
             let (had, has) = (before.len(), now.len());
-            return Err(self.changed(format!("it had {had} bytes and has {has} now")));
+            return Ok(Some(format!("it had {had} bytes and has {has} now")));
         }
         let samples = self.samples.take().unwrap_or_default();
         if !samples.hold(file).map_err(failed)? {
-            return Err(self.changed("its content is another one now".to_owned()));
+            return Ok(Some("its content is another one now".to_owned()));
         }
         if !has_moved(file, before).map_err(failed)? {
-            return Ok(());
+            return Ok(None);
         }
         let read = self.hasher.finalize();
         let size = std::mem::take(&mut self.at);
@@ -924,10 +993,7 @@ impl Pump<'_> {
         file.rewind().map_err(failed)?;
         let again = self.hash_file(file, 0, size)?;
         (self.at, self.hasher) = (size, hasher);
-        match again == read {
-            true => Ok(()),
-            false => Err(self.changed("its content is another one now".to_owned())),
-        }
+        Ok((again != read).then(|| "its content is another one now".to_owned()))
     }
 
     fn give_chunk(&mut self, bytes: Bytes) -> Result<(), Stop> {
@@ -961,9 +1027,23 @@ impl Pump<'_> {
     /// Reads and sends up to the offset `to`; a file must reach it.
     fn send_to(&mut self, file: &mut File, to: u64) -> Result<(), Stop> {
         while self.at < to {
-            let want = least(to - self.at, (self.chunk)());
-            if !self.send_chunk(file, want)? {
-                return Err(self.ended(file));
+            let end = self.give_holes(file, to)?;
+            while self.at < end {
+                let want = least(end - self.at, (self.chunk)());
+                if !self.send_chunk(file, want)? {
+                    return Err(self.ended(file));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`send_to`](Self::send_to), but for chunks that the base has.
+    fn send_changed(&mut self, file: &mut File, to: u64, sums: &Sums) -> Result<(), Stop> {
+        while self.at < to {
+            let end = self.give_holes(file, to)?;
+            if self.at < end {
+                self.send_delta(file, end, sums)?;
             }
         }
         Ok(())
@@ -978,6 +1058,33 @@ impl Pump<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Tells of a hole that begins here, up to `to` at most; where the data behind it ends. A hole that is written to
+    /// meanwhile moves the times of its file, which is then [read again](Self::change).
+    fn give_holes(&mut self, file: &mut File, to: u64) -> Result<u64, Stop> {
+        if !self.sparse {
+            return Ok(to);
+        }
+        let data = next_data(file, self.at).unwrap_or(to).clamp(self.at, to);
+        while self.at < data {
+            if (self.unwanted)() {
+                return Err(Stop::Unwanted);
+            }
+            let (offset, len) = (self.at, (data - self.at).min(HOLE));
+            for zeros in zeros::blocks(len) {
+                self.hasher.update(zeros);
+            }
+            self.at += len;
+            self.give(Piece::Hole { offset, len })?;
+        }
+        let end = match data < to {
+            true => next_hole(file, data).clamp(data, to),
+            false => to,
+        };
+        file.seek(SeekFrom::Start(data))
+            .map_err(|error| self.failed(error))?;
+        Ok(end)
     }
 
     /// Sends up to the offset `to`, which a file must reach, except the chunks that the base has.
@@ -1182,6 +1289,13 @@ mod tests {
         *blake3::hash(bytes).as_bytes()
     }
 
+    fn known(have: &Have) -> Known {
+        Known {
+            have: have.clone(),
+            ..Known::default()
+        }
+    }
+
     /// Bytes sent, by offset; bytes passed over; the hash at the end.
     type Run = (Vec<(u64, Vec<u8>)>, u64, [u8; 32]);
 
@@ -1203,8 +1317,7 @@ mod tests {
             sent.push((0, head.to_vec()));
         }
         let pumped = opened.pump(
-            have,
-            None,
+            &known(have),
             &Buffers::default(),
             &|| chunk,
             &mut |piece| {
@@ -1225,11 +1338,12 @@ mod tests {
                         at += len;
                         same += len;
                     }
-                    Piece::End { size, hash } => {
+                    Piece::End { size, hash, torn } => {
+                        assert!(!torn);
                         assert_eq!(size, at);
                         end = Some(hash);
                     }
-                    Piece::Copy { .. } => panic!("there is no base"),
+                    Piece::Copy { .. } | Piece::Hole { .. } => panic!("there is no base"),
                     Piece::Failed(error) => panic!("{error}"),
                 }
                 true
@@ -1430,8 +1544,7 @@ mod tests {
         assert_eq!(opened.head(1000).unwrap(), bytes[..1000]);
         std::fs::write(&local, &bytes[..500]).unwrap();
         let pumped = opened.pump(
-            &Have::new(),
-            None,
+            &Known::default(),
             &Buffers::default(),
             &|| 1000,
             &mut |_| true,
@@ -1472,8 +1585,7 @@ mod tests {
         assert_eq!(end, hash(&bytes));
         assert!(source.is_spent() && same.is_spent());
         let again = source.open().unwrap().pump(
-            &Have::new(),
-            None,
+            &Known::default(),
             &Buffers::default(),
             &|| 10,
             &mut |_| true,
@@ -1484,26 +1596,34 @@ mod tests {
 
     /// Reads a file to its end, doing this at the first chunk.
     fn read_while(local: &Path, chunk: usize, act: impl Fn()) -> Result<[u8; 32], String> {
+        let (hash, torn) = read_torn(local, chunk, act, false)?;
+        assert!(!torn);
+        Ok(hash)
+    }
+
+    /// The same; where what was read may be none of its states, whether it is.
+    fn read_torn(
+        local: &Path,
+        chunk: usize,
+        act: impl Fn(),
+        may_tear: bool,
+    ) -> Result<([u8; 32], bool), String> {
         let opened = Source::file(local, rel("x")).open().unwrap();
         let (mut acted, mut end) = (false, None);
         let mut take = |piece| {
             if !std::mem::replace(&mut acted, true) {
                 act();
             }
-            if let Piece::End { hash, .. } = piece {
-                end = Some(hash);
+            if let Piece::End { hash, torn, .. } = piece {
+                end = Some((hash, torn));
             }
             true
         };
-        let have = Have::new();
-        match opened.pump(
-            &have,
-            None,
-            &Buffers::default(),
-            &|| chunk,
-            &mut take,
-            &|| false,
-        ) {
+        let known = Known {
+            may_tear,
+            ..Known::default()
+        };
+        match opened.pump(&known, &Buffers::default(), &|| chunk, &mut take, &|| false) {
             Ok(()) => Ok(end.unwrap()),
             Err(Stop::Failed(TransferError::SourceChanged { change, .. })) => Err(change),
             Err(Stop::Failed(other)) => panic!("{other}"),
@@ -1561,6 +1681,104 @@ mod tests {
                 (Err(text), Err(change)) => assert!(change.contains(text), "{n}: {change}"),
                 _ => panic!("{n}: {read:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn what_may_be_torn_is_told_so_and_is_just_what_was_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        let bytes = noise(100_000);
+        let write = |at: u64, with: &[u8]| {
+            let file = File::options().write(true).open(&local).unwrap();
+            file.write_all_at(with, at).unwrap();
+        };
+        let resize = |size: u64| {
+            let file = File::options().write(true).open(&local).unwrap();
+            file.set_len(size).unwrap();
+        };
+        let mut late = bytes.clone();
+        late[90_000..90_003].copy_from_slice(b"new");
+        type Act<'a> = (&'a dyn Fn(), [u8; 32], bool);
+        let cases: [Act<'_>; 5] = [
+            (&|| {}, hash(&bytes), false),
+            (&|| write(5, &bytes[5..10]), hash(&bytes), false),
+            // Behind what was read already, and before it.
+            (&|| write(5, b"new"), hash(&bytes), true),
+            (&|| write(90_000, b"new"), hash(&late), false),
+            (&|| resize(100_001), hash(&bytes), true),
+        ];
+        for (n, (act, expected, torn)) in cases.iter().enumerate() {
+            std::fs::write(&local, &bytes).unwrap();
+            let read = read_torn(&local, 10_000, act, true).unwrap();
+            assert_eq!(read, (*expected, *torn), "{n}");
+        }
+        // What is not there cannot be read.
+        std::fs::write(&local, &bytes).unwrap();
+        read_torn(&local, 10_000, || resize(50_000), true).unwrap_err();
+    }
+
+    #[test]
+    fn holes_are_told_and_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        let file = File::create(&local).unwrap();
+        file.set_len(40 << 20).unwrap();
+        file.write_all_at(b"data", 20 << 20).unwrap();
+        file.sync_all().unwrap();
+        if !is_sparse(&file.metadata().unwrap()) {
+            return;
+        }
+        let whole = hash(&std::fs::read(&local).unwrap());
+        for (have, same) in [(0, 0), (30 << 20, 30 << 20)] {
+            let bytes = std::fs::read(&local).unwrap();
+            let have: Have = match have {
+                0 => Have::new(),
+                len => vec![(0, len as u64, hash(&bytes[..len]))],
+            };
+            let known = Known {
+                have,
+                holes: true,
+                ..Known::default()
+            };
+            let mut opened = Source::file(&local, rel("x")).open().unwrap();
+            assert!(
+                opened.head(1000).unwrap().is_empty(),
+                "it begins with a hole"
+            );
+            let (mut at, mut holes, mut sent, mut passed, mut end) = (0, 0, 0, 0, None);
+            let mut take = |piece| {
+                let (from, len) = match piece {
+                    Piece::Chunk { offset, bytes } => {
+                        sent += bytes.len();
+                        (offset, bytes.len() as u64)
+                    }
+                    Piece::Hole { offset, len } => {
+                        assert!((1..=HOLE).contains(&len));
+                        holes += len;
+                        (offset, len)
+                    }
+                    Piece::Same { offset, len } => {
+                        passed += len;
+                        (offset, len)
+                    }
+                    Piece::End { hash, .. } => {
+                        end = Some(hash);
+                        (at, 0)
+                    }
+                    other => panic!("{other:?}"),
+                };
+                assert_eq!(from, at);
+                at += len;
+                true
+            };
+            let buffers = Buffers::default();
+            let pumped = opened.pump(&known, &buffers, &|| 100_000, &mut take, &|| false);
+            assert!(pumped.is_ok());
+            assert_eq!((at, passed), (40 << 20, same));
+            assert_eq!(end, Some(whole));
+            assert_eq!(holes + sent as u64 + passed, 40 << 20);
+            assert!(sent <= 65_536, "{sent} sent");
         }
     }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::base::glob::Exclude;
+use crate::base::mapping::unescape_name;
 use crate::base::names;
 use crate::base::path::RelPath;
 use crate::local::error::TransferError;
@@ -31,6 +32,7 @@ struct Options {
     exclude: Exclude,
     links: bool,
     every_dir: bool,
+    mapped: bool,
 }
 
 /// A directory that is being read.
@@ -137,6 +139,12 @@ impl Walk {
         self
     }
 
+    /// Reads the names of what is in a directory as [`escape_name`](crate::escape_name) writes them. Defaults to no.
+    pub fn mapped(mut self, mapped: bool) -> Self {
+        self.options.mapped = mapped;
+        self
+    }
+
     /// Examines one entry: `None` for a directory, which is entered, and for an excluded entry.
     fn look(&mut self, local: PathBuf, remote: String, relative: &str) -> Option<Found> {
         let dirs = self.dirs(&remote);
@@ -218,8 +226,10 @@ impl Walk {
             }));
         }
         if !metadata.is_file() {
-            return Err(TransferError::NotAFile {
-                path: local.to_owned(),
+            let path = local.to_owned();
+            return Err(match relative {
+                "" => TransferError::NotAFile { path },
+                _ => TransferError::Special { path },
             });
         }
         Ok(Some(What::File {
@@ -290,7 +300,10 @@ impl Iterator for Walk {
                         let file_name = entry.file_name();
                         let name = names::from_os(&file_name);
                         let local = entry.path();
-                        let remote = join(&level.remote, &name);
+                        let remote = match self.options.mapped {
+                            true => join(&level.remote, &unescape_name(&name)),
+                            false => join(&level.remote, &name),
+                        };
                         let relative = join(&level.relative, &name);
                         self.look(local, remote, &relative)
                     }

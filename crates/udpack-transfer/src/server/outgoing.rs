@@ -10,14 +10,16 @@ use crate::base::path::RelPath;
 use crate::base::phase::Phase;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace};
-use crate::local::source::{Buffers, Opened, Piece};
+use crate::local::source::{Buffers, Known, Opened, Piece};
 use crate::server::hook::{Access, HookAccess};
 use crate::server::jobs::{Job, JobEnd};
 use crate::server::places;
 use crate::server::receiver::Receiver;
 use crate::server::upload::{Outcome, Outcomes};
 use crate::staging::target::TargetFile;
-use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have, MetaFields};
+use crate::wire::{
+    ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have, HoleFields, MetaFields,
+};
 
 /// How many lanes a client most likely has; the server does not know.
 const LANES: usize = 4;
@@ -32,6 +34,8 @@ pub(crate) struct Wanted {
     pub(crate) shown: String,
     /// What the client has of it.
     pub(crate) have: Have,
+    /// The client takes holes.
+    pub(crate) holes: bool,
     /// How fast the client takes downloads.
     pub(crate) taken: Limiter,
     pub(crate) job: Job,
@@ -157,7 +161,13 @@ async fn try_send(
     };
     let pace = Pace::new(slower, LANES, channel.frame_limit());
     pace.adapt(&channel.stats());
-    let pieces = opened.read(have, None, pace.clone(), Buffers::default(), Some(place));
+    let known = Known {
+        have,
+        sums: None,
+        holes: wanted.holes,
+        may_tear: false,
+    };
+    let pieces = opened.read(known, pace.clone(), Buffers::default(), Some(place));
     let bytes = send_pieces(channel, wanted, limit, &pace, pieces).await?;
     let secs = began.elapsed().as_secs_f64();
     tracing::info!(path = wanted.shown, bytes, secs, "sent");
@@ -256,7 +266,13 @@ async fn send_pieces(
                 job.update(offset + len, 0);
                 job.skip(offset + len);
             }
-            Some(Piece::End { size, hash }) => {
+            Some(Piece::Hole { offset, len }) => {
+                let off = offset;
+                channel.send("hole", &HoleFields { id, off, len }).await?;
+                job.update(offset + len, 0);
+                job.skip(offset + len);
+            }
+            Some(Piece::End { size, hash, .. }) => {
                 let hash = Hash(hash);
                 channel
                     .send("finish", &FinishFields { id, size, hash })

@@ -35,8 +35,8 @@ use crate::store::{
 };
 use crate::wire::lane::{Action, Lane, Refusal};
 use crate::wire::{
-    self, AckFields, BadMessage, CHUNK, Copied, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer,
-    Offer, Put, ReadyFields, Request, Wish,
+    self, AckFields, BadMessage, CHUNK, Copied, DirOffer, DoneFields, ErrorFields, Hash, Hole,
+    LinkOffer, Offer, Put, ReadyFields, Request, Wish,
 };
 
 /// How often the lane checks the state of its files.
@@ -168,6 +168,7 @@ enum Pending {
 enum Content {
     Bytes(Option<u64>, Bytes),
     Copy(Copied),
+    Hole(Hole),
 }
 
 impl Pending {
@@ -397,6 +398,10 @@ impl<'a> Serving<'a> {
             }
             Action::Copy(copied) => {
                 self.content(copied.id, Content::Copy(copied), 0);
+                Ok(())
+            }
+            Action::Hole(hole) => {
+                self.content(hole.id, Content::Hole(hole), 0);
                 Ok(())
             }
             Action::Finish(finish) => {
@@ -735,6 +740,7 @@ impl<'a> Serving<'a> {
             path,
             shown: wish.path,
             have: wish.have,
+            holes: wish.holes,
             taken: self.taken(wish.rate),
             job,
             unwanted,
@@ -787,6 +793,7 @@ impl<'a> Serving<'a> {
                     have: wire::ranges(&have),
                     chunk: CHUNK as u64,
                     base,
+                    holes: true,
                 };
                 self.channel.send("ready", &fields).await
             }
@@ -928,6 +935,7 @@ impl<'a> Serving<'a> {
                         incoming.write(offset, bytes, room, &mut self.gathered);
                     }
                     Content::Copy(copied) => incoming.copy(copied, room, &mut self.gathered),
+                    Content::Hole(hole) => incoming.hole(hole, room, &mut self.gathered),
                 }
             }
         }

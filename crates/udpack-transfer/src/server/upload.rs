@@ -167,6 +167,7 @@ impl Uploads {
             dirs: offer.dirs,
             known: task.known,
             base: task.base,
+            sums: None,
             small,
             leaving: upload.leaving.pulse().map(|pulse| pulse.leaving()),
         };

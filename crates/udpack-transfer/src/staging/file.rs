@@ -23,8 +23,10 @@ use super::publisher::Staging;
 use super::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
 use crate::base::path::RelPath;
 use crate::base::phase::Phase;
+use crate::base::sums::{Cutting, Sums};
+use crate::base::zeros;
 use crate::store::{Expected, IfExists, Meta, NewUpload, Published, StoreError, Synced, Tenant};
-use crate::wire::{Copied, Have, RANGES};
+use crate::wire::{Copied, Have, Hole, RANGES};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;
@@ -54,6 +56,14 @@ pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
 
     /// Called when `len` bytes up to this position were written, after `skipped` bytes that were there.
     fn wrote(&mut self, _skipped: u64, _len: u64, _position: u64) {}
+
+    /// So many bytes came from a file that was here: of a download only.
+    fn filled(&mut self, _bytes: u64) {}
+
+    /// As [`wrote`](Self::wrote), with zeros of which none was sent.
+    fn hole(&mut self, skipped: u64, _len: u64, position: u64) {
+        self.wrote(skipped, 0, position);
+    }
 
     /// Called when a stored file is kept. [`Published::same`] tells whether it is identical.
     fn was_there(self, file: Published);
@@ -95,6 +105,8 @@ pub(crate) struct Plan {
     pub(crate) known: Option<Published>,
     /// A file that this one may share bytes with, and that its sender may read.
     pub(crate) base: Option<RelPath>,
+    /// The chunks of this file at its sender, of which the one that has its name here may have some: of a download only.
+    pub(crate) sums: Option<Sums>,
     /// Whether its steps are short and take turns with those of other small files.
     pub(crate) small: bool,
     /// Set when the file was given up and only has to be removed.
@@ -175,6 +187,7 @@ enum Step {
     },
     Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
     Copy(Copied, OwnedSemaphorePermit),
+    Hole(Hole, OwnedSemaphorePermit),
     /// Time has passed: a checkpoint may be due.
     Pause,
     Finish {
@@ -207,6 +220,7 @@ impl<R: Recipient> Incoming<R> {
                         plan,
                         base: None,
                         opened: None,
+                        filled: false,
                         staging: staging.clone(),
                         recipient: Some(recipient),
                     }),
@@ -251,6 +265,11 @@ impl<R: Recipient> Incoming<R> {
         gathered: &mut Gathered<R>,
     ) {
         self.push(Step::Copy(copied, room), gathered);
+    }
+
+    /// As [`write`](Self::write), with zeros.
+    pub(crate) fn hole(&self, hole: Hole, room: OwnedSemaphorePermit, gathered: &mut Gathered<R>) {
+        self.push(Step::Hole(hole, room), gathered);
     }
 
     /// Verifies and publishes the file in the background; the recipient gets the outcome.
@@ -412,6 +431,8 @@ struct Worker<R> {
     base: Option<TargetFile>,
     /// The size that [`Step::Open`] gave.
     opened: Option<u64>,
+    /// Some of it came from the file that is replaced.
+    filled: bool,
     staging: Staging<R>,
     /// `None` once it has the outcome.
     recipient: Option<R>,
@@ -501,6 +522,7 @@ impl<R: Recipient> Worker<R> {
             Step::Open { size, meta, resume } => self.open(size, meta, resume, shared).await,
             Step::Chunk(offset, bytes, _room) => self.chunk(offset, bytes, shared).await,
             Step::Copy(copied, _room) => self.copy(copied, shared).await,
+            Step::Hole(hole, _room) => self.hole(hole, shared).await,
             Step::Pause => self.checkpoint().await,
             Step::Finish { size, hash } => self.finish(size, hash).await,
         };
@@ -527,10 +549,7 @@ impl<R: Recipient> Worker<R> {
             Stage::Writing(upload) => {
                 let (before, len) = (upload.position(), bytes.len() as u64);
                 let offset = offset.unwrap_or(before);
-                let got = offset.saturating_add(len);
-                if let Some(expected) = self.opened.filter(|size| got > *size) {
-                    return Err(StoreError::SizeMismatch { expected, got });
-                }
+                fits(self.opened, offset.saturating_add(len))?;
                 upload.write(offset, bytes).await?;
                 let position = upload.position();
                 shared.received.store(position, Ordering::Relaxed);
@@ -575,6 +594,32 @@ impl<R: Recipient> Worker<R> {
             self.chunk(Some(at), bytes, shared).await?;
         }
         Ok(())
+    }
+
+    /// Zeros come as if they had been sent. Written, they take no room where the target can do so.
+    async fn hole(&mut self, hole: Hole, shared: &Shared<R>) -> Result<(), StoreError> {
+        let Hole { offset, len, .. } = hole;
+        match &mut self.stage {
+            Stage::Writing(upload) => {
+                let before = upload.position();
+                fits(self.opened, offset.saturating_add(len))?;
+                upload.hole(offset, len).await?;
+                let position = upload.position();
+                shared.received.store(position, Ordering::Relaxed);
+                if let Some(recipient) = &mut self.recipient {
+                    recipient.hole(offset.saturating_sub(before), len, position);
+                }
+            }
+            Stage::Comparing(_) if R::DOWNLOADS => return self.other(),
+            Stage::Comparing(comparing) => {
+                for zeros in zeros::blocks(len) {
+                    take(&self.plan.path, comparing, zeros, shared)?;
+                }
+                return Ok(());
+            }
+            Stage::New | Stage::Ended => {}
+        }
+        self.checkpoint().await
     }
 
     async fn checkpoint(&mut self) -> Result<(), StoreError> {
@@ -633,8 +678,11 @@ impl<R: Recipient> Worker<R> {
             return self.again(known);
         }
         let existing = match self.start(shared, whole).await? {
-            (Started::New(upload), have) => {
+            (Started::New(upload), mut have) => {
                 self.stage = Stage::Writing(upload);
+                if let Some(sums) = self.plan.sums.take() {
+                    have = self.fill(sums, have, shared).await?;
+                }
                 if let Some(base) = &self.plan.base {
                     // The base is optional: without it everything is sent.
                     self.base = self.staging.target.read(base).await.ok();
@@ -668,6 +716,59 @@ impl<R: Recipient> Worker<R> {
         }
         self.compare_with(Compared::Existing(existing), hash);
         Ok(())
+    }
+
+    /// Puts together what the file that is to be replaced has of the new one. The sender compares it as it compares what an
+    /// earlier attempt has left.
+    async fn fill(
+        &mut self,
+        mut sums: Sums,
+        have: Have,
+        shared: &Shared<R>,
+    ) -> Result<Have, StoreError> {
+        let Stage::Writing(TargetUpload::Disk(partial)) = &mut self.stage else {
+            return Ok(have);
+        };
+        // It is a hint: without it everything is sent.
+        let Ok(old) = self.staging.target.read(&self.plan.path).await else {
+            return Ok(have);
+        };
+        let known = |from: u64, to: u64| {
+            let over = |(off, len, _): &(u64, u64, _)| *off < to && from < off.saturating_add(*len);
+            have.iter().any(over)
+        };
+        let mut cutting = Cutting::new(sums.cutter());
+        let (mut read, mut filled) = (0_u64, 0_u64);
+        loop {
+            while cutting.needs() {
+                let bytes = old.read_at(read, BLOCK).await.unwrap_or_default();
+                read = read.saturating_add(bytes.len() as u64);
+                if bytes.is_empty() || shared.lock().end.is_some() {
+                    cutting.end();
+                } else {
+                    cutting.add(&bytes);
+                }
+            }
+            let Some(chunk) = cutting.next() else { break };
+            let len = chunk.len() as u64;
+            for at in sums.take(chunk) {
+                if !known(at, at.saturating_add(len)) {
+                    partial.fill(at, chunk)?;
+                    filled = filled.saturating_add(len);
+                }
+            }
+        }
+        if filled == 0 {
+            return Ok(have);
+        }
+        self.filled = true;
+        if let Some(recipient) = &mut self.recipient {
+            recipient.filled(filled);
+        }
+        let ranges = partial.filled()?.into_iter().take(RANGES);
+        Ok(ranges
+            .map(|range| (range.off, range.len, range.hash))
+            .collect())
     }
 
     /// The run has stored a file under this name before, and its client may not know that. Decides whether the offer is
@@ -715,6 +816,15 @@ impl<R: Recipient> Worker<R> {
             Stage::Comparing(comparing) if comparing.with.len() != size => {
                 self.stage = Stage::Comparing(comparing);
                 return self.other();
+            }
+            // It has changed since its chunks were listed, and what it passes over may be something else.
+            Stage::Writing(upload) if self.filled && expected != Some(size) => {
+                put_aside(upload, false).await;
+                let expected = expected.unwrap_or(0);
+                return Err(StoreError::SizeMismatch {
+                    expected,
+                    got: size,
+                });
             }
             // The reserved space and the durable bytes must be determined again.
             Stage::Writing(upload) if expected.is_some_and(|expected| expected != size) => {
@@ -890,6 +1000,14 @@ impl<R: Recipient> Worker<R> {
     }
 }
 
+/// What is sent of a file ends within the size that was told.
+fn fits(size: Option<u64>, got: u64) -> Result<(), StoreError> {
+    match size {
+        Some(expected) if got > expected => Err(StoreError::SizeMismatch { expected, got }),
+        _ => Ok(()),
+    }
+}
+
 async fn put_aside(upload: TargetUpload, keep: bool) {
     match keep {
         true => upload.suspend().await,
@@ -958,6 +1076,7 @@ mod tests {
             dirs: Vec::new(),
             known: None,
             base: None,
+            sums: None,
             small: false,
             leaving: None,
         };
@@ -1058,6 +1177,7 @@ mod tests {
             dirs: Vec::new(),
             known: None,
             base: None,
+            sums: None,
             small: false,
             leaving: None,
         };

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::base::names;
 use crate::base::path::RelPath;
+use crate::base::zeros;
 use crate::local::source::Opened;
 use crate::store::sink::Boxed;
 use crate::store::{
@@ -231,6 +232,21 @@ impl TargetUpload {
         match self {
             Self::Disk(partial) => partial.write_at(offset, &bytes),
             Self::Sink(upload) => upload.write(offset, bytes).await,
+        }
+    }
+
+    /// Zeros, which take no room on a disk that can do so. A sink gets them as bytes.
+    pub(crate) async fn hole(&mut self, offset: u64, len: u64) -> Result<(), StoreError> {
+        match self {
+            Self::Disk(partial) => partial.hole_at(offset, len),
+            Self::Sink(upload) => {
+                let mut at = offset;
+                for zeros in zeros::blocks(len) {
+                    upload.write(at, Bytes::from_static(zeros)).await?;
+                    at = at.saturating_add(zeros.len() as u64);
+                }
+                Ok(())
+            }
         }
     }
 

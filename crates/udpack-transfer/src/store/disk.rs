@@ -1202,6 +1202,25 @@ pub(super) fn set_modified(file: impl AsFd, path: &RelPath, asked: Time) -> Opti
     (got.secs != asked.secs).then_some(OtherTime { asked, got })
 }
 
+/// Gives the room of these bytes of a file back, which are zeros from then on; `false` where the file system cannot.
+pub(super) fn punch(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    {
+        use rustix::fs::FallocateFlags;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(file, flags, offset, len) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    {
+        let _ = (file, offset, len);
+        Ok(false)
+    }
+}
+
 /// Syncs the entries of a directory.
 pub(super) fn sync_dir(dir: &Dir) -> io::Result<()> {
     Ok(rustix::fs::fsync(dir)?)

@@ -16,6 +16,7 @@ use super::{
     IfExists, Inner, Meta, NewFile, OtherTime, Reservation, Store, StoreError, SyncPolicy,
 };
 use crate::base::path::RelPath;
+use crate::base::zeros;
 
 /// A running upload, in a staging file that no client can name.
 ///
@@ -410,10 +411,18 @@ impl Partial {
     pub fn have(&mut self, progress: &mut dyn FnMut(u64)) -> Result<Vec<Range>, StoreError> {
         self.check()?;
         self.pass();
-        let limit = self.size.unwrap_or(u64::MAX);
         let mut known = vec![(0, self.body.safe.load(Ordering::Acquire))];
         known.extend(self.ranges.ahead.iter().copied());
-        let known = merged(known);
+        self.prove(merged(known), progress)
+    }
+
+    /// Reads these bytes back, and offers them.
+    fn prove(
+        &mut self,
+        known: Vec<(u64, u64)>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<Range>, StoreError> {
+        let limit = self.size.unwrap_or(u64::MAX);
         let mut have = Vec::new();
         let mut offered = Vec::new();
         let mut total = 0;
@@ -483,6 +492,55 @@ impl Partial {
         Ok(())
     }
 
+    /// As [`write_at`](Self::write_at) with `len` zeros, which take no room on disk where the file system can do so: what
+    /// an earlier attempt left there is given back, and behind its end nothing is written.
+    pub fn hole_at(&mut self, offset: u64, len: u64) -> Result<(), StoreError> {
+        self.check()?;
+        if !self.may_skip_to(offset) {
+            return Err(StoreError::BadOffset {
+                expected: self.position,
+            });
+        }
+        let total = offset.saturating_add(len);
+        self.make_room(total)?;
+        self.skip_to(offset)?;
+        self.clear(offset, total)
+            .map_err(|e| self.fail("make a hole", e))?;
+        for zeros in zeros::blocks(len) {
+            self.hasher.update(zeros);
+        }
+        self.position = total;
+        self.body.position.store(total, Ordering::Release);
+        if self.resumable() && len > 0 {
+            self.unsynced.add(len);
+        }
+        Ok(())
+    }
+
+    /// Makes a hole of what is between. A checkpoint that comes later syncs the length, too, before the journal lists it.
+    fn clear(&mut self, offset: u64, total: u64) -> io::Result<()> {
+        let file = &self.body.file;
+        // The snapshot may include what was there.
+        self.snapshot = None;
+        let held = self.end.min(total);
+        if offset < held && !disk::punch(file, offset, held - offset)? {
+            let mut at = offset;
+            for zeros in zeros::blocks(held - offset) {
+                file.write_all_at(zeros, at)?;
+                at += zeros.len() as u64;
+            }
+        }
+        if total > self.end {
+            file.set_len(total)?;
+            if let Some(reservation) = &mut self.reservation {
+                // Nothing more will be written for these.
+                reservation.wrote(total - self.end);
+            }
+            self.end = total;
+        }
+        Ok(())
+    }
+
     /// Writes `bytes` at `offset`, which is not before [`position`](Self::position), in any order. Bytes that come
     /// out of order are read back when the bytes before them have come, and are not durable before that.
     pub(crate) fn write_any(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
@@ -498,6 +556,31 @@ impl Partial {
         self.ranges.offered.push((offset, end));
         self.ranges.offered = merged(std::mem::take(&mut self.ranges.offered));
         Ok(())
+    }
+
+    /// Puts bytes at a place that [`have`](Self::have) has not told, in a file of which nothing else was received yet. Zeros
+    /// take no room. They are offered by [`filled`](Self::filled), and not durable before they are taken.
+    pub(crate) fn fill(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check()?;
+        let end = offset.saturating_add(bytes.len() as u64);
+        self.make_room(end)?;
+        if zeros::are(bytes) {
+            self.clear(offset, end)
+                .map_err(|e| self.fail("make a hole", e))?;
+        } else {
+            self.put(offset, bytes)?;
+        }
+        let early = self.early.get_or_insert_with(|| Box::new((offset, end)));
+        **early = (early.0.min(offset), early.1.max(end));
+        self.ranges.offered.push((offset, end));
+        Ok(())
+    }
+
+    /// As [`have`](Self::have), with what was [put there](Self::fill).
+    pub(crate) fn filled(&mut self) -> Result<Vec<Range>, StoreError> {
+        self.check()?;
+        let known = merged(std::mem::take(&mut self.ranges.offered));
+        self.prove(known, &mut |_| {})
     }
 
     /// Reserves room for a file of this size, or refuses it.
@@ -594,17 +677,14 @@ impl Partial {
         self.check()?;
         // After any failure from here on, the upload is not resumable.
         self.doomed = true;
-        let early = self.early.as_ref().map(|early| early.1);
-        for expected in [self.size, size, early].into_iter().flatten() {
-            if self.may_skip_to(expected) {
-                self.skip_to(expected)?;
-            }
-            if expected != self.position {
-                return Err(StoreError::SizeMismatch {
-                    expected,
-                    got: self.position,
-                });
-            }
+        for expected in [self.size, size].into_iter().flatten() {
+            self.reach(expected)?;
+        }
+        // What came out of order may end before the last bytes.
+        if let Some((_, end)) = self.early.as_deref().copied()
+            && end > self.position
+        {
+            self.reach(end)?;
         }
         let got = self.hasher.finalize().into();
         if let Some(expected) = hash.filter(|expected| *expected != got) {
@@ -663,6 +743,20 @@ impl Partial {
             noted: Vec::new(),
             reservation,
         })))
+    }
+
+    /// Takes what need not come up to the end of the file, which is there.
+    fn reach(&mut self, expected: u64) -> Result<(), StoreError> {
+        if self.may_skip_to(expected) {
+            self.skip_to(expected)?;
+        }
+        if expected != self.position {
+            return Err(StoreError::SizeMismatch {
+                expected,
+                got: self.position,
+            });
+        }
+        Ok(())
     }
 
     /// Removes the upload, even if it could be resumed.

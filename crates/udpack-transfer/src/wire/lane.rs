@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use crate::base::code::Code;
-use crate::wire::{Copied, DirOffer, Finish, Have, LinkOffer, Offer, Request, Wish};
+use crate::wire::{Copied, DirOffer, Finish, Have, Hole, LinkOffer, Offer, Request, Wish};
 
 /// The state of a lane.
 #[derive(Debug, Default)]
@@ -80,6 +80,8 @@ pub enum Action {
     Write,
     /// Append these bytes of the base to the open file.
     Copy(Copied),
+    /// Append these zeros to the open file.
+    Hole(Hole),
     /// Verify and publish the open file; the lane accepts the next one.
     Finish(Finish),
     /// Drop the open file and tell the client.
@@ -131,6 +133,7 @@ impl Lane {
             Request::File(offer) => self.file(offer),
             Request::Chunk { id, offset, bytes } => self.chunk(*id, *offset, bytes.len() as u64),
             Request::Copy(copied) => self.copy(*copied),
+            Request::Hole(hole) => self.hole(*hole),
             Request::Finish(finish) => self.finish(*finish),
             Request::Cancel { id, keep } => self.cancel(*id, *keep),
             Request::Put(put) => match self.between(put.offer.id) {
@@ -301,6 +304,13 @@ impl Lane {
         }
     }
 
+    fn hole(&mut self, hole: Hole) -> Action {
+        match self.chunk(hole.id, Some(hole.offset), hole.len) {
+            Action::Write => Action::Hole(hole),
+            action => action,
+        }
+    }
+
     fn finish(&mut self, finish: Finish) -> Action {
         let id = finish.id;
         match &self.state {
@@ -425,6 +435,7 @@ mod tests {
             Action::Put => "put",
             Action::Write => "write",
             Action::Copy(_) => "copy",
+            Action::Hole(_) => "hole",
             Action::Finish(_) => "finish",
             Action::Ignore => "ignore",
         }
@@ -560,6 +571,7 @@ mod tests {
                 path: "x".into(),
                 have: Have::new(),
                 rate: None,
+                holes: false,
             })
         };
         let cancel = |id| Request::Cancel { id, keep: false };
@@ -620,6 +632,53 @@ mod tests {
                 "put",
                 order,
                 "put"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_hole_is_a_chunk_of_zeros_and_may_lie_nowhere_else() {
+        let hole = |id, offset, len| Request::Hole(Hole { id, offset, len });
+        let script = [
+            hole(1, 0, 1),
+            offer(1, Some(30)),
+            hole(1, 0, 10),
+            chunk(1, 10, 5),
+            hole(1, 15, 15),
+            finish(1),
+            // Overlapping, behind a gap, beyond the size, beyond all sizes.
+            offer(2, Some(30)),
+            chunk(2, 0, 10),
+            hole(2, 9, 5),
+            hole(2, 10, 5),
+            offer(3, Some(30)),
+            hole(3, 1, 1),
+            offer(4, Some(30)),
+            hole(4, 0, 31),
+            offer(5, None),
+            chunk(5, 0, 1),
+            hole(5, 1, u64::MAX),
+        ];
+        assert_eq!(
+            run(&script),
+            [
+                "protocol_order",
+                "begin",
+                "hole",
+                "write",
+                "hole",
+                "finish",
+                "begin",
+                "write",
+                "bad_offset",
+                "ignore",
+                "begin",
+                "bad_offset",
+                "begin",
+                "size_mismatch",
+                "begin",
+                "write",
+                "size_mismatch"
             ]
         );
     }

@@ -423,6 +423,10 @@ impl RawLane {
                 bytes,
                 ..Heard::default()
             },
+            Reply::Hole(hole) => Heard {
+                line: format!("hole {} {} {}", hole.id, hole.offset, hole.len),
+                ..Heard::default()
+            },
             Reply::Finish(finish) => Heard {
                 line: format!("finish {} {}", finish.id, finish.size.expect("a size")),
                 hash: finish.hash,

@@ -10,6 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use super::lane::Asked;
 use super::{Arrived, Context, Job};
 use crate::base::path::RelPath;
+use crate::base::sums::Sums;
 use crate::local::error::TransferError;
 use crate::staging::file::{First, Gathered, Incoming, Plan, Recipient};
 use crate::staging::publisher::Staging;
@@ -79,8 +80,15 @@ pub(super) fn prepare(
     slot: OwnedSemaphorePermit,
     asked: Asked,
     notes: mpsc::UnboundedSender<Note>,
+    sums: Option<Sums>,
     gathered: &mut Gathered<Arriving>,
 ) -> (Incoming<Arriving>, oneshot::Receiver<Wish>) {
+    let mut job = job;
+    job.copied = 0;
+    if let Some(sums) = &sums {
+        // The size of what is put together, unless the server says another one when it begins to send.
+        job.wanted.size = Some(sums.end());
+    }
     let (tell, wish) = oneshot::channel();
     let plan = Plan {
         path: job.wanted.local.clone(),
@@ -97,6 +105,7 @@ pub(super) fn prepare(
         dirs: Vec::new(),
         known: None,
         base: None,
+        sums,
         small: false,
         leaving: None,
     };
@@ -169,6 +178,19 @@ impl Recipient for Arriving {
         self.skip(skipped);
     }
 
+    fn filled(&mut self, bytes: u64) {
+        if let Some((job, ..)) = &mut self.work {
+            job.copied = bytes;
+        }
+    }
+
+    fn hole(&mut self, skipped: u64, len: u64, position: u64) {
+        if let Some((job, ..)) = &mut self.work {
+            job.holes = job.holes.saturating_add(len);
+        }
+        self.wrote(skipped, 0, position);
+    }
+
     fn was_there(self, file: Published) {
         let skipped = !file.same;
         self.ended(End::Arrived(Arrived {
@@ -229,7 +251,7 @@ impl Arriving {
         let Some((job, ..)) = &mut self.work else {
             return;
         };
-        if bytes > 0 && job.resumed == 0 {
+        if bytes > 0 && job.resumed == 0 && job.copied == 0 {
             let _ = self.notes.send(Note::Resumed {
                 index: job.index,
                 path: job.wanted.local.clone(),

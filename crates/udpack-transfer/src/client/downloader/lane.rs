@@ -5,21 +5,25 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 
 use super::incoming::{self, Arriving, End, Note, Wish};
-use super::{Context, lock};
+use super::{Context, Held, lock};
 use crate::base::code::Code;
 use crate::client::link::{Link, Loss};
 use crate::client::progress::Event;
+use crate::client::uploader::Measure;
 use crate::client::uploader::lane_end;
 use crate::local::error::TransferError;
 use crate::staging::file::Incoming;
 use crate::store::Meta;
 use crate::wire::CHANNEL;
-use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply};
+use crate::wire::{
+    self, AckFields, CancelFields, Finish, GetFields, Hole, IdField, MetaFields, Reply,
+};
 
 /// Files that may be asked for and not stored yet. The server lets 64 wait, and may learn late that one of
 /// them does so no more.
@@ -222,6 +226,12 @@ fn fail(incoming: Incoming<Arriving>, error: TransferError) {
     incoming.end(!error.retry(), |file| file.ended(End::Failed(error)));
 }
 
+/// What comes of a file.
+enum Content {
+    Bytes(Bytes),
+    Hole(Hole),
+}
+
 /// How a lane ended.
 enum Ended {
     /// There is nothing more to do.
@@ -263,6 +273,7 @@ impl Lane<'_> {
             channel: self.channel,
             flight: &flight,
             said,
+            measure: Measure::new(self.channel.stats().wire_received),
         };
         let (channel, link, socket) = (self.channel, self.link, self.socket);
         let owed = || flight.patience().is_some();
@@ -350,34 +361,13 @@ impl Lane<'_> {
             Some(Reply::File { id, size, meta, .. }) => self.begin(flight, id, size, meta),
             Some(Reply::Chunk { id, offset, bytes }) => {
                 let len = bytes.len() as u64;
-                let room = match lock(&flight.files).get(&id) {
-                    Some(File {
-                        incoming: Some(incoming),
-                        ..
-                    }) if self.current == Some(id) => incoming.room(),
-                    Some(_) => return Err(format!("a chunk of file {id}, which is not open")),
-                    None => return self.late(flight, id),
-                };
-                self.context.limit.take(len).await;
-                self.link.moved(len);
-                let Ok(room) = room.acquire_owned().await else {
-                    return Ok(false);
-                };
-                let recv = offset.saturating_add(len);
-                if let Some(file) = lock(&flight.files).get_mut(&id)
-                    && let Some(incoming) = &file.incoming
-                {
-                    file.left = file.size.saturating_sub(recv);
-                    incoming.write(Some(offset), bytes, room, &mut self.context.gathered());
-                }
-                flight.changed.notify_waiters();
-                self.progressed();
-                let now = Instant::now();
-                if now - self.acked >= ACK && !flight.acked.swap(true, Ordering::Relaxed) {
-                    self.acked = now;
-                    let _ = flight.say.send(Say::Ack { id, recv });
-                }
-                Ok(true)
+                self.content(flight, id, offset, len, Content::Bytes(bytes))
+                    .await
+            }
+            Some(Reply::Hole(hole)) => {
+                let Hole { id, offset, len } = hole;
+                self.content(flight, id, offset, len, Content::Hole(hole))
+                    .await
             }
             Some(Reply::Finish(Finish {
                 id,
@@ -436,6 +426,51 @@ impl Lane<'_> {
             // What belongs to uploads, or to a later version.
             Some(Reply::Ready { .. } | Reply::Done { .. }) | None => Ok(false),
         }
+    }
+
+    /// Takes bytes or a hole of the file that is being sent.
+    async fn content(
+        &mut self,
+        flight: &Flight,
+        id: u64,
+        offset: u64,
+        len: u64,
+        content: Content,
+    ) -> Result<bool, String> {
+        let room = match lock(&flight.files).get(&id) {
+            Some(File {
+                incoming: Some(incoming),
+                ..
+            }) if self.current == Some(id) => incoming.room(),
+            Some(_) => return Err(format!("a chunk of file {id}, which is not open")),
+            None => return self.late(flight, id),
+        };
+        if matches!(content, Content::Bytes(_)) {
+            self.context.limit.take(len).await;
+            self.link.moved(len);
+        }
+        let Ok(room) = room.acquire_owned().await else {
+            return Ok(false);
+        };
+        let recv = offset.saturating_add(len);
+        if let Some(file) = lock(&flight.files).get_mut(&id)
+            && let Some(incoming) = &file.incoming
+        {
+            file.left = file.size.saturating_sub(recv);
+            let gathered = &mut self.context.gathered();
+            match content {
+                Content::Bytes(bytes) => incoming.write(Some(offset), bytes, room, gathered),
+                Content::Hole(hole) => incoming.hole(hole, room, gathered),
+            }
+        }
+        flight.changed.notify_waiters();
+        self.progressed();
+        let now = Instant::now();
+        if now - self.acked >= ACK && !flight.acked.swap(true, Ordering::Relaxed) {
+            self.acked = now;
+            let _ = flight.say.send(Say::Ack { id, recv });
+        }
+        Ok(true)
     }
 
     fn begin(
@@ -520,6 +555,7 @@ struct Asking<'a> {
     channel: &'a Channel,
     flight: &'a Arc<Flight>,
     said: mpsc::UnboundedReceiver<Say>,
+    measure: Measure,
 }
 
 impl Asking<'_> {
@@ -541,6 +577,14 @@ impl Asking<'_> {
                 }
                 return Ok(());
             };
+            let held = Held::new(context, job);
+            let sums = match &held.job {
+                Some(job) => self.meanwhile(context.sums(job, self.pays())).await?,
+                None => None,
+            };
+            let Some(job) = held.take() else {
+                continue;
+            };
             id += 1;
             let asked = Asked {
                 id,
@@ -551,8 +595,15 @@ impl Asking<'_> {
                 // Held so that the worker cannot be done with the file before it is known here.
                 let mut files = lock(&flight.files);
                 let notes = self.notes.clone();
-                let (incoming, wish) =
-                    incoming::prepare(context, job, place, asked, notes, &mut context.gathered());
+                let (incoming, wish) = incoming::prepare(
+                    context,
+                    job,
+                    place,
+                    asked,
+                    notes,
+                    sums,
+                    &mut context.gathered(),
+                );
                 let file = File {
                     incoming: Some(incoming),
                     asked: false,
@@ -569,6 +620,14 @@ impl Asking<'_> {
                 self.ask(id, wish).await?;
             }
         }
+    }
+
+    /// Whether what is here is worth comparing.
+    fn pays(&self) -> bool {
+        let stats = self.channel.stats();
+        let rate = self.measure.rate(stats.wire_received);
+        let limited = self.context.limit.rate().is_some();
+        self.context.delta.pays(stats.rtt, limited, rate)
     }
 
     async fn ask(&self, id: u64, Wish { remote, mut have }: Wish) -> Result<(), LaneOver> {
@@ -592,6 +651,7 @@ impl Asking<'_> {
             have: wire::ranges(&have),
             // A server that knows sends no faster; one that does not is held back by its window.
             rate: self.context.limit.rate(),
+            holes: true,
         };
         self.send("get", &fields).await
     }
