@@ -55,7 +55,7 @@ Exit codes:
   10   some of several files failed
   11   no handler for this request, or no such channel
   12   no such file or transfer at the server
-  13   files changed or vanished while a mirror read them; all others are done
+  13   files changed or vanished while they were read; all others are done
   14   a command at the other end of a pipe failed, or its output is incomplete
   130  interrupted";
 
@@ -734,6 +734,14 @@ pub(crate) struct PutArgs {
     #[arg(long)]
     pub(crate) no_resume: bool,
 
+    /// How names are written here: `exact`, or `mapped`, as `get --names mapped` writes them.
+    #[arg(long, value_enum, default_value_t = WrittenArg::Exact, conflicts_with = "files_from")]
+    pub(crate) names: WrittenArg,
+
+    /// A file that changes while it is read: a failure, or with `warn` stored as it was read, which is told and ends with code 13.
+    #[arg(long, value_enum, default_value_t = TornArg::Fail)]
+    pub(crate) changed: TornArg,
+
     /// With --if-exists overwrite, send only the differences from the stored file: with `auto` if the network is slower
     /// than reading twice. Needs a token that may read; files of up to 256K are sent whole.
     #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
@@ -773,6 +781,16 @@ pub(crate) struct GetArgs {
     /// Exclude these entries; may be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<Pattern>,
+
+    /// How names are written here: `exact`, or `mapped`, so that every common file system holds them: what it may not hold as `%`
+    /// and two hexadecimal digits. `put --names mapped` reads them back.
+    #[arg(long, value_enum, default_value_t = WrittenArg::Exact)]
+    pub(crate) names: WrittenArg,
+
+    /// With --if-exists overwrite, get only what differs from the file that is here: `auto` where the network is slower than
+    /// reading twice. Files up to 256K come whole.
+    #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
+    pub(crate) delta: DeltaArg,
 
     #[command(flatten)]
     pub(crate) transfer: TransferArgs,
@@ -822,13 +840,13 @@ pub(crate) struct SyncArgs {
     #[arg(short, long)]
     pub(crate) checksum: bool,
 
-    /// When sending, send only the differences from the stored file, or from one that was moved: with `auto` if the
+    /// Transfer only the differences from the replaced file, or, when sending, from one that was moved: with `auto` if the
     /// network is slower than reading twice. A new version of at most 256K is sent whole.
     #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
     pub(crate) delta: DeltaArg,
 
     /// What to do about a file that changes while it is read: `retry` sends it up to three times before it counts as
-    /// failed.
+    /// failed. `warn` stores it as it was read, says so, and exits with code 13; what the server sends is tried again instead.
     #[arg(long, value_enum, default_value_t = ChangedArg::Retry)]
     pub(crate) changed: ChangedArg,
 
@@ -860,6 +878,21 @@ pub(crate) struct SyncArgs {
 pub(crate) enum ChangedArg {
     Retry,
     Fail,
+    Warn,
+}
+
+/// The same, where nothing is tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TornArg {
+    Fail,
+    Warn,
+}
+
+/// How names are written here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WrittenArg {
+    Exact,
+    Mapped,
 }
 
 /// What to do about a file that is gone.

@@ -399,7 +399,9 @@ fn transferring(error: &TransferError) -> Meaning {
             );
         }
         TransferError::Source { .. } => hint("check the path and its permissions"),
-        TransferError::NotAFile { .. } => hint("leave it out with --exclude"),
+        TransferError::NotAFile { .. } | TransferError::Special { .. } => {
+            hint("leave it out with --exclude")
+        }
         TransferError::Name { .. } => hint(ANOTHER_NAME),
         TransferError::Mismatch | TransferError::Silent(_) => hint("run the same command again"),
         TransferError::SourceChanged { .. } => hint("send it again when nothing writes to it"),

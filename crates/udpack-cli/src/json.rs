@@ -9,7 +9,8 @@ use crate::output;
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct FileLine<'a> {
     /// `ok` or `error`; from `put -n` and `sync -n` `planned` or `error`; of a file that somebody else works on
-    /// `vanished` or, when it is tried again, `changed`; of what is neither file, directory nor link `left_out`; from `verify`: `same`, `differs`, `missing` or `error`.
+    /// `vanished` or, when it is tried again, `changed`; of what is neither file, directory nor link `left_out`; from `verify`:
+    /// `same`, `differs`, `missing` or `error`.
     pub(crate) status: &'static str,
     /// The name it was given, or should have been.
     pub(crate) path: &'a str,
@@ -28,9 +29,15 @@ pub(crate) struct FileLine<'a> {
     /// Bytes that were there of an earlier attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) resumed: Option<u64>,
-    /// Bytes that the server copied from an older version or another file that it had.
+    /// Bytes that the receiving side copied from an older version or another file that it had.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) copied: Option<u64>,
+    /// Bytes of holes, which were told and not transferred.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) holes: Option<u64>,
+    /// It changed while it was read, and what is stored may be none of its states.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) torn: Option<bool>,
     /// It was there already, with the same content.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) same: Option<bool>,
@@ -164,10 +171,16 @@ pub(crate) enum Line<'a> {
         /// Of those that failed, files that changed each time they were read.
         #[serde(skip_serializing_if = "Option::is_none")]
         changed: Option<usize>,
+        /// Files that changed while they were read, and were stored as they were read.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        torn: Option<usize>,
+        /// Files, directories and links that are written under other names than they have.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        mapped: Option<usize>,
         /// Files that were gone by the time they were read, failures or not.
         #[serde(skip_serializing_if = "Option::is_none")]
         vanished: Option<usize>,
-        /// What a mirror left out because it is neither file, directory nor link.
+        /// What was left out because it is neither file, directory nor link.
         #[serde(skip_serializing_if = "Option::is_none")]
         left_out: Option<usize>,
         /// Entries that a mirror found to be the same.
@@ -180,9 +193,18 @@ pub(crate) enum Line<'a> {
         bytes: u64,
         /// Bytes that had to be transferred.
         sent: u64,
-        /// Bytes that the server copied from what it had.
+        /// Bytes that an earlier attempt had brought.
+        #[serde(skip_serializing_if = "is_zero")]
+        resumed: u64,
+        /// Bytes that the receiving side copied from what it had.
         #[serde(skip_serializing_if = "is_zero")]
         copied: u64,
+        /// Bytes of holes, which were told and not transferred.
+        #[serde(skip_serializing_if = "is_zero")]
+        holes: u64,
+        /// Bytes of files that were there already.
+        #[serde(skip_serializing_if = "is_zero")]
+        same: u64,
         /// How often the connection was lost and came back.
         #[serde(skip_serializing_if = "Option::is_none")]
         reconnects: Option<usize>,

@@ -213,7 +213,14 @@ fn layout(
         add(2, acked.clone());
     }
     if progress.files > 1 {
-        add(5, format!("{}/{}", progress.files_done, progress.files));
+        let count = files_left(progress);
+        let long = format!("{count} of {} files left", progress.files);
+        let piece = if columns >= WIDE {
+            long
+        } else {
+            format!("{count} left")
+        };
+        add(5, piece);
     }
     if note.is_none() && known {
         add(4, format!("eta {}", eta(progress, rate)));
@@ -279,7 +286,12 @@ fn plain(
     };
     line.push_str(&pace(progress, rate, note));
     if progress.files > 1 {
-        let _ = write!(line, " {} of {} files", progress.files_done, progress.files);
+        let _ = write!(
+            line,
+            " {} of {} files left",
+            files_left(progress),
+            progress.files
+        );
     }
     if let Some(over) = over {
         let _ = write!(line, " over {over}");
@@ -288,6 +300,13 @@ fn plain(
         let _ = write!(line, " {name}");
     }
     line
+}
+
+/// How many files have no outcome yet, with a `+` where more may be found.
+fn files_left(progress: &Progress) -> String {
+    let left = progress.files.saturating_sub(progress.files_done);
+    let more = if progress.listed { "" } else { "+" };
+    format!("{left}{more}")
 }
 
 /// Whether the total is that of everything, so that a part of it means something.
@@ -443,6 +462,8 @@ const PLAIN_EVERY: Duration = Duration::from_secs(5);
 const NAME: usize = 24;
 /// A name is not shown in less room than this.
 const SHORTEST_NAME: usize = 8;
+/// Columns from which on there is room for words.
+const WIDE: usize = 100;
 /// Columns within a bar's brackets.
 const BAR: usize = 16;
 
@@ -484,17 +505,17 @@ mod tests {
             line_of(wide, 120)
         );
         assert_eq!(line(20), " 40 % 2.5 MiB/s");
-        assert_eq!(line(40), " 40 % 2.5 MiB/s eta 0:07 99/10000");
+        assert_eq!(line(40), " 40 % 2.5 MiB/s eta 0:07 9901 left");
         assert_eq!(
             line(120),
-            " 40 % [======>         ] 12.0 MiB of 30.0 MiB 2.5 MiB/s eta 0:07 99/10000 …/a/file-with-a-name.bin"
+            " 40 % [======>         ] 12.0 MiB of 30.0 MiB 2.5 MiB/s eta 0:07 9901 of 10000 files left …th-a-name.bin"
         );
         let lost = |columns| layout(&progress, 0.0, (Some("reconnecting"), None), name, columns);
         assert_eq!(lost(20), " 40 % reconnecting");
         progress.listed = false;
         assert_eq!(
             layout(&progress, 0.0, (None, None), "", 40),
-            "12.0 MiB 0 B/s 99/10000"
+            "12.0 MiB 0 B/s 9901+ left"
         );
     }
 

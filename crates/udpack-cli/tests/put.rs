@@ -518,3 +518,124 @@ fn a_server_that_falls_silent_is_told_of_as_that() {
     let out = running.exited();
     assert_eq!(out.code, 0, "{out:?}");
 }
+
+#[test]
+fn devices_sockets_and_pipes_are_named_counted_and_left_out() {
+    let server = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("t/a"), b"123");
+    let pipe = std::process::Command::new("mkfifo")
+        .arg(dir.path().join("t/pipe"))
+        .status();
+    assert!(pipe.is_ok_and(|status| status.success()));
+    let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("t/socket"));
+    for args in [&["put", "t"][..], &["put", "t", "--links"]] {
+        clear(&server);
+        let out = server.client(dir.path(), &[args, &["--json"]].concat());
+        assert_eq!(out.code, 0, "{out:?}");
+        let end = result(&out.stdout);
+        let counts = [&end["files"], &end["failed"], &end["left_out"]];
+        assert_eq!(counts, [1, 0, 2], "{end}");
+        let lines = events(&out.stdout);
+        let mut special: Vec<_> = named(&lines, "file")
+            .into_iter()
+            .filter(|file| file["status"] == "left_out")
+            .map(|file| file["source"].to_string())
+            .collect();
+        special.sort();
+        assert_eq!(special, ["\"t/pipe\"", "\"t/socket\""]);
+        assert_eq!(visible(&server.uploads()), ["t"]);
+    }
+    clear(&server);
+    let out = server.client(dir.path(), &["put", "t"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    for text in ["t/pipe", "t/socket", "1 file, 3 B in", ", 2 left out"] {
+        assert!(out.stderr.contains(text), "{text}: {out:?}");
+    }
+    // One that was asked for by its name is missed.
+    let out = server.client(dir.path(), &["put", "t/pipe"]);
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_read_fails_or_is_told_to_be_torn() {
+    let server = Server::start();
+    let dir = workdir();
+    let content = bytes(4 << 20, 7);
+    for (changed, code, status) in [("fail", 7, "error"), ("warn", 13, "error")] {
+        clear(&server);
+        let file = dir.path().join("f");
+        write(&file, &content);
+        let mut command = client(dir.path());
+        command.env("UDPACK_URL", server.url()).args([
+            "put",
+            "f",
+            "--json",
+            "--no-resume",
+            "--bwlimit",
+            "2M",
+            "--changed",
+            changed,
+        ]);
+        let mut running = Running::spawn(&mut command);
+        // Once something is there, the first bytes were read.
+        common::until("bytes arrive", || common::staged(&server.uploads()) > 0);
+        fs::File::options()
+            .write(true)
+            .open(&file)
+            .and_then(|mut file| file.write_all(b"torn"))
+            .expect("write");
+        let out = running.exited();
+        assert_eq!(out.code, code, "{out:?}");
+        let end = result(&out.stdout);
+        assert_eq!(end["status"], status);
+        let stored = fs::read(server.uploads().join("f"));
+        if changed == "fail" {
+            assert!(stored.is_err());
+            assert_eq!([&end["changed"], &end["failed"]], [1, 1], "{end}");
+            continue;
+        }
+        assert_eq!([&end["files"], &end["failed"], &end["torn"]], [1, 0, 1]);
+        let lines = events(&out.stdout);
+        let file = named(&lines, "file")[0];
+        assert_eq!(file["torn"], true);
+        // As it was read: its hash is that of what is stored.
+        let stored = stored.expect("stored");
+        assert_eq!(file["hash"], blake3::hash(&stored).to_string());
+        assert_eq!(stored.len(), content.len());
+    }
+}
+
+#[test]
+fn what_was_not_transferred_is_told_in_text_and_json() {
+    let server = Server::start_in(workdir(), &["--allow-read", "--overwrite", "always"]);
+    let dir = workdir();
+    let sparse = fs::File::create(dir.path().join("disk")).expect("create");
+    sparse.set_len(16 << 20).expect("a length");
+    std::os::unix::fs::FileExt::write_all_at(&sparse, &bytes(100_000, 8), 8 << 20).expect("write");
+    sparse.sync_all().expect("sync");
+    drop(sparse);
+    write(&dir.path().join("known"), &bytes(1000, 9));
+    let out = server.client(dir.path(), &["put", "known"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = server.client(dir.path(), &["put", "--json", "disk", "known"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let end = result(&out.stdout);
+    let number = |name: &str| end[name].as_u64().unwrap_or(0);
+    assert_eq!(number("bytes"), (16 << 20) + 1000);
+    // A small file that is there already is sent before that is known.
+    assert_eq!(number("same"), 1000);
+    if number("holes") > 0 {
+        assert!(number("sent") < 300_000, "{end}");
+        assert!(number("holes") > 15 << 20, "{end}");
+        fs::remove_file(server.uploads().join("disk")).expect("remove");
+        let out = server.client(dir.path(), &["put", "disk"]);
+        for text in ["1 file, 16.0 MiB in", " transferred", " MiB of holes"] {
+            assert!(out.stderr.contains(text), "{text}: {out:?}");
+        }
+        let out = server.client(dir.path(), &["get", "disk", "--as", "back", "--json"]);
+        let end = result(&out.stdout);
+        assert!(end["holes"].as_u64().unwrap_or(0) > 15 << 20, "{end}");
+    }
+}

@@ -1562,3 +1562,77 @@ fn the_state_of_the_server_is_shown_and_an_admin_acts_on_it() {
     assert_eq!(out.code, 0, "{out:?}");
     assert_eq!(server.running.exited().code, 0);
 }
+
+#[test]
+fn odd_names_are_written_with_escapes_and_sent_back_as_they_were() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    fs::create_dir(&local).expect("mkdir");
+    odd_tree(&local);
+    for name in [
+        "a:b",
+        "a?",
+        "A?",
+        "100 %",
+        "%41",
+        "end.",
+        "end ",
+        "Con.txt",
+        "sub:dir/x*y",
+        "n\nl",
+    ] {
+        write(&local.join(name), name.as_bytes());
+    }
+    write(
+        &local.join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"\xff\xfe")),
+        b"raw",
+    );
+    let before = tree(&local);
+    let out = server.client(dir.path(), &["put", "-p", "--links", "tree"]);
+    assert_eq!(out.code, 0, "{out:?}");
+
+    let mapped = ["--names", "mapped", "-p", "--json"];
+    let out = server.client(
+        dir.path(),
+        &[&["get", "tree", "--as", "stick/"][..], &mapped].concat(),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    let end = result(&out.stdout);
+    assert!(end["mapped"].as_u64().unwrap_or(0) >= 11, "{end}");
+    for path in names(&dir.path().join("stick/tree")) {
+        for name in path.split('/') {
+            let held = !name.contains(['<', '>', ':', '"', '\\', '|', '?', '*'])
+                && !name.chars().any(char::is_control)
+                && !name.ends_with(['.', ' ']);
+            assert!(held, "{name:?}");
+        }
+    }
+    let out = server.client(
+        dir.path(),
+        &[
+            &["put", "--links", "stick/tree", "--as", "again"][..],
+            &mapped,
+        ]
+        .concat(),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(
+        tree(&server.uploads().join("again")),
+        before,
+        "at the server"
+    );
+}
+
+#[test]
+fn two_ways_to_write_one_name_are_found_before_anything_is_sent() {
+    let server = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("t/a b"), b"1");
+    write(&dir.path().join("t/a%20b"), b"2");
+    let out = server.client(dir.path(), &["put", "t", "--names", "mapped"]);
+    assert_eq!(out.code, 2, "{out:?}");
+    assert_error(&out.stderr);
+    assert!(out.stderr.contains("would both be stored"), "{out:?}");
+    assert!(names(&server.uploads()).is_empty(), "{out:?}");
+}

@@ -7,6 +7,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll};
 use std::time::Duration;
 
@@ -17,15 +18,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use udpack_transfer::{
     Download, Downloader, Entry, Exclude, Fetch, FetchError, Fetched, IfExists, Kind as EntryKind,
-    Link, Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError, Wanted,
-    apply_entry, names,
+    Link, Mapping, Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError,
+    Wanted, apply_entry, names,
 };
 
 use super::producer::Spawned;
 use super::remote::{below, remote_path};
 use super::report::{Beside, Note, Origin, Origins, Report, Thing, Transfer};
 use super::umask;
-use crate::args::GetArgs;
+use crate::args::{GetArgs, WrittenArg};
 use crate::exit::{Failure, Kind, Unfinished};
 use crate::logging::Console;
 use crate::output;
@@ -81,7 +82,12 @@ async fn get(
         },
         None => Place::new(args)?,
     };
-    let names = names(args, &place)?;
+    let mut names = names(args, &place)?;
+    if args.names == WrittenArg::Mapped && place.name.is_none() {
+        // What was asked for by several names has one directory to be in.
+        let mut mapping = Mapping::new(true);
+        names = names.iter().map(|name| mapping.path(name)).collect();
+    }
     let target = Target::find(&args.connect)?.via(&args.transfer.paths)?;
     let mut opened = None;
     let result = target
@@ -215,6 +221,7 @@ fn downloader(args: &GetArgs, link: &Link, store: Store) -> Downloader {
     downloader
         .if_exists(transfer.if_exists.into())
         .preserve(transfer.preserve)
+        .delta(args.delta.into())
 }
 
 async fn fetch(
@@ -235,6 +242,7 @@ async fn fetch(
         exclude: args.exclude.iter().cloned().collect(),
         if_exists: args.transfer.if_exists.into(),
         umask: umask(),
+        mapping: mapping(args, &store).await,
         notes,
     };
     // Ends when the receivers of its results are gone.
@@ -284,7 +292,21 @@ struct Lister {
     exclude: Exclude,
     if_exists: IfExists,
     umask: u32,
+    /// How names are written here, if not as they are.
+    mapping: Option<Arc<Mutex<Mapping>>>,
     notes: mpsc::Sender<Note>,
+}
+
+/// How names are written below a store, if not as they are.
+async fn mapping(args: &GetArgs, store: &Store) -> Option<Arc<Mutex<Mapping>>> {
+    if args.names != WrittenArg::Mapped {
+        return None;
+    }
+    // The store has made a directory of its own there: is it there by another name, too?
+    let other = store.root().join(".UDPACK");
+    let folds = tokio::task::spawn_blocking(move || other.exists()).await;
+    let mapping = Mapping::new(folds.unwrap_or(true));
+    Some(Arc::new(Mutex::new(mapping)))
 }
 
 impl Lister {
@@ -315,7 +337,11 @@ impl Lister {
             if self.exclude.covers(relative, entry.kind == EntryKind::Dir) {
                 continue;
             }
-            let local = join(&root.local, relative);
+            let written = self.written(relative);
+            let local = join(&root.local, &written);
+            if written != relative && !self.mapped(&local, &entry.path).await {
+                return;
+            }
             if !self.one(&entry, &local, wanted).await {
                 return;
             }
@@ -383,6 +409,26 @@ impl Lister {
         }
     }
 
+    /// The path below a root as it is written here.
+    fn written(&self, relative: &str) -> String {
+        match &self.mapping {
+            Some(mapping) => mapping
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .path(relative),
+            None => relative.to_owned(),
+        }
+    }
+
+    /// Says that something is written under another name.
+    async fn mapped(&self, path: &str, source: &str) -> bool {
+        let note = Note::Mapped {
+            path: path.to_owned(),
+            source: source.to_owned(),
+        };
+        self.notes.send(note).await.is_ok()
+    }
+
     async fn failed(&self, path: &str, source: &str, error: anyhow::Error) -> bool {
         let note = Note::Failed {
             path: path.to_owned(),
@@ -420,7 +466,8 @@ impl Lister {
     }
 
     async fn settle(&self, root: &Root, dir: &Entry) {
-        let local = join(&root.local, below(&root.entry.path, &dir.path));
+        let written = self.written(below(&root.entry.path, &dir.path));
+        let local = join(&root.local, &written);
         if let Ok(name) = local.parse() {
             self.make(dir, name, true, false).await;
         }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What, names};
+use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What, names, unescape_name};
 
 use crate::args::TreeArgs;
 use crate::exit::{Failure, Kind};
@@ -30,6 +30,8 @@ pub(super) struct Plan {
     list: Option<(List, String)>,
     tree: TreeArgs,
     every_dir: bool,
+    /// Names here are written as they can be held here.
+    mapped: bool,
     /// Bytes and number of all files, where only files were named.
     pub(super) files: Option<usize>,
     pub(super) bytes: Option<u64>,
@@ -110,6 +112,8 @@ pub(super) struct Asked<'a> {
     pub(super) tree: &'a TreeArgs,
     /// List every directory, not only the empty ones.
     pub(super) every_dir: bool,
+    /// Names here are written as they can be held here.
+    pub(super) mapped: bool,
 }
 
 impl Plan {
@@ -135,6 +139,7 @@ impl Plan {
             }),
             tree: asked.tree.clone(),
             every_dir: asked.every_dir,
+            mapped: asked.mapped,
             files: None,
             bytes: None,
         };
@@ -151,7 +156,10 @@ impl Plan {
                 sum = None;
                 continue;
             }
-            let remote = remote_name(path, asked.name);
+            let remote = match asked.mapped {
+                true => mapped_name(path, asked.name),
+                false => remote_name(path, asked.name),
+            };
             if let Some(other) = taken.insert(remote.clone(), path)
                 && !is_content(path)
                 && !asked.clashes
@@ -238,6 +246,10 @@ impl Plan {
 
     /// Whether something of the same name may come from two of the paths.
     fn may_clash(&self) -> bool {
+        // Two names here may be ways to write one.
+        if self.mapped {
+            return true;
+        }
         let listed = || self.listed().map(|root| root.remote);
         let named = || {
             let stdin = self.stdin.iter().map(|name| name.as_str().to_owned());
@@ -314,7 +326,7 @@ impl Plan {
 
     fn entries(&self) -> impl Iterator<Item = Found> + Send + use<> {
         let exclude: Exclude = self.tree.exclude.iter().cloned().collect();
-        let (links, every_dir) = (self.tree.links, self.every_dir);
+        let (links, every_dir, mapped) = (self.tree.links, self.every_dir, self.mapped);
         self.roots
             .clone()
             .into_iter()
@@ -328,6 +340,7 @@ impl Plan {
                     .exclude(exclude.clone())
                     .links(links)
                     .every_dir(every_dir)
+                    .mapped(mapped)
             })
     }
 }
@@ -414,6 +427,18 @@ pub(super) fn remote_name(path: &Path, wanted: Option<&str>) -> String {
         Some(dir) if dir.ends_with('/') => join(trimmed(dir), &own()),
         Some(name) => name.to_owned(),
         None => own(),
+    }
+}
+
+/// The same, where names here are written as they can be held here.
+fn mapped_name(path: &Path, wanted: Option<&str>) -> String {
+    match (wanted, path.file_name()) {
+        (Some(name), _) if !name.ends_with('/') => name.to_owned(),
+        (_, Some(name)) if !is_content(path) => {
+            let own = unescape_name(&names::from_os(name));
+            wanted.map_or_else(|| own.clone(), |dir| join(trimmed(dir), &own))
+        }
+        _ => remote_name(path, wanted),
     }
 }
 

@@ -11,7 +11,7 @@ use super::follow::Follow;
 use super::plan::{Asked, List, Plan, remote_name};
 use super::producer::Producer;
 use super::report::{Origin, Origins, Report, Thing, Transfer};
-use crate::args::{IfExistsArg, PutArgs};
+use crate::args::{IfExistsArg, PutArgs, TornArg, WrittenArg};
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
 use crate::progress::Meter;
@@ -72,6 +72,7 @@ async fn put(
         clashes,
         tree: &args.tree,
         every_dir: args.transfer.preserve,
+        mapped: args.names == WrittenArg::Mapped,
     };
     let plan = Plan::new(&asked, |remote, local, error| {
         report.failed(remote, &local.display().to_string(), &error);
@@ -118,6 +119,7 @@ async fn upload(
         .if_exists(transfer.if_exists.into())
         .preserve(transfer.preserve)
         .delta(args.delta.into())
+        .may_tear(args.changed == TornArg::Warn)
         .resume(!args.no_resume);
     let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
     report.connected(link, &mut meter);

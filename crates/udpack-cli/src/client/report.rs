@@ -157,6 +157,8 @@ pub(super) enum Note {
     },
     /// An entry was there when its directory was read, and is gone now.
     Vanished { path: String, source: String },
+    /// It is written under another name than it has.
+    Mapped { path: String, source: String },
     /// An entry is no part of a mirror.
     LeftOut {
         path: String,
@@ -181,6 +183,8 @@ pub(super) struct Living {
     vanished_failed: usize,
     /// Files that changed each time they were read.
     changed: usize,
+    /// Files that changed while they were read, and are stored as they were read.
+    torn: usize,
 }
 
 /// Counts of a mirror.
@@ -233,10 +237,16 @@ pub(super) struct Report {
     resumed_unsized: u64,
     /// Bytes that the receiver copied from files it had.
     copied: u64,
+    /// Bytes of holes.
+    holes: u64,
+    /// Bytes of files that were there already.
+    there: u64,
     failures: Failures,
     living: Living,
     /// What is no part of a mirror.
     left_out: usize,
+    /// Names that are written otherwise.
+    mapped: usize,
     mirror: Option<Mirrored>,
     /// Files that failed before the transfer, which does not know them.
     never_begun: usize,
@@ -283,9 +293,12 @@ impl Report {
             resumed: 0,
             resumed_unsized: 0,
             copied: 0,
+            holes: 0,
+            there: 0,
             failures: Failures::new(console),
             living: Living::default(),
             left_out: 0,
+            mapped: 0,
             mirror: None,
             never_begun: 0,
             last_progress: None,
@@ -641,25 +654,39 @@ impl Report {
                 };
                 self.failed(&path, &source, &error.into());
             }
-            Note::LeftOut { path, source, why } => {
-                self.left_out += 1;
-                self.json(&Line::File(FileLine {
-                    status: "left_out",
-                    path: &path,
-                    source: &source,
-                    ..FileLine::default()
-                }));
-                let source = output::printable(&source);
-                if !self.quiet {
-                    self.console.line(&format!("left out, {why}: {source}"));
+            Note::Mapped { path, source } => {
+                self.mapped += 1;
+                if !self.quiet && !self.json && self.mapped <= FEW {
+                    let (path, source) = (output::printable(&path), output::printable(&source));
+                    self.console.line(&format!("{source} is written as {path}"));
                 }
             }
+            Note::LeftOut { path, source, why } => self.left_out(&path, &source, why),
+        }
+    }
+
+    /// An entry is left out.
+    fn left_out(&mut self, path: &str, source: &str, why: &str) {
+        self.left_out += 1;
+        self.json(&Line::File(FileLine {
+            status: "left_out",
+            path,
+            source,
+            ..FileLine::default()
+        }));
+        if !self.quiet {
+            let source = output::printable(source);
+            self.console.line(&format!("left out, {why}: {source}"));
         }
     }
 
     /// Whether a file failed only because another program changed it, and is no failure or not yet. Counts it.
     fn excused(&mut self, path: &str, source: &str, error: &anyhow::Error) -> bool {
         let mirrors = self.mirror.is_some();
+        if let Some(TransferError::Special { .. }) = error.downcast_ref() {
+            self.left_out(path, source, "no file, directory or link");
+            return true;
+        }
         let living = &mut self.living;
         let is_gone = match error.downcast_ref::<TransferError>() {
             // What a link leads to may be missing although the link is there.
@@ -870,6 +897,8 @@ impl Report {
             // It was no part of a file but all of it.
             self.resumed -= std::mem::take(&mut self.resumed_unsized);
         }
+        self.holes += outcome.holes;
+        self.there += if outcome.same { outcome.size } else { 0 };
         if !outcome.same && !outcome.skipped {
             self.moved += outcome.sent;
         }
@@ -894,6 +923,8 @@ impl Report {
                 sent: Some(outcome.sent),
                 resumed: Some(outcome.resumed),
                 copied: (outcome.copied > 0).then_some(outcome.copied),
+                holes: (outcome.holes > 0).then_some(outcome.holes),
+                torn: outcome.torn.then_some(true),
                 same: Some(outcome.same),
                 skipped: outcome.skipped.then_some(true),
                 sync: outcome.sync.map(|sync| sync.to_string()),
@@ -913,6 +944,21 @@ impl Report {
             ));
         }
         self.other_time(&outcome.path, outcome.other_time);
+        if outcome.torn {
+            self.torn(&origin.shown);
+        }
+    }
+
+    /// Says that a file changed while it was read, and is stored all the same.
+    fn torn(&mut self, source: &str) {
+        self.living.torn += 1;
+        tracing::warn!(source, "changed while it was read");
+        if !self.quiet && !self.json {
+            let source = output::printable(source);
+            let text =
+                format!("warning: {source} changed while it was read: what is stored may be torn");
+            self.console.line(&text);
+        }
     }
 
     /// Warns that the file system could not store the time of a file or directory.
@@ -977,7 +1023,9 @@ impl Report {
             Ok(()) => {
                 let total = self.stored + self.others + self.failures.count();
                 let verdict = self.failures.verdict(total, self.did, Some(AGAIN));
-                verdict.map_err(|error| self.moving(error))
+                verdict
+                    .map_err(|error| self.moving(error))
+                    .and_then(|()| self.whole())
             }
         };
         let secs = elapsed.as_secs_f64();
@@ -993,13 +1041,18 @@ impl Report {
                 files: self.stored,
                 failed: self.failures.count(),
                 changed: Some(self.living.changed),
+                torn: (self.living.torn > 0).then_some(self.living.torn),
+                mapped: (self.mapped > 0).then_some(self.mapped),
                 vanished: Some(self.living.vanished),
-                left_out: self.mirror.as_ref().map(|_| self.left_out),
+                left_out: (self.mirror.is_some() || self.left_out > 0).then_some(self.left_out),
                 unchanged: self.mirror.as_ref().map(|mirror| mirror.unchanged),
                 deleted: self.mirror.as_ref().map(|mirror| mirror.deleted),
                 bytes: self.bytes,
                 sent: self.sent,
+                resumed: self.resumed,
                 copied: self.copied,
+                holes: self.holes,
+                same: self.there,
                 reconnects: Some(self.reconnects),
                 secs,
                 rate,
@@ -1023,6 +1076,23 @@ impl Report {
         match self.unwritten {
             Some(error) => Err(error).context("cannot write to standard output"),
             None => Ok(()),
+        }
+    }
+
+    /// An exit code of its own, where everything was stored and some of it may be torn.
+    fn whole(&self) -> anyhow::Result<()> {
+        match self.living.torn {
+            0 => Ok(()),
+            torn => {
+                let files = if torn == 1 { "file" } else { "files" };
+                let text = format!(
+                    "{torn} {files} changed while being read, and may be torn as they are {}",
+                    self.did
+                );
+                Err(Failure::new(Kind::Moving, text)
+                    .hint("run it again when nothing writes there")
+                    .into())
+            }
         }
     }
 
@@ -1094,11 +1164,20 @@ impl Report {
             let (bytes, rate) = (size(path.bytes as f64), size(path.rate));
             summary.push_str(&format!(", {bytes} over {} at {rate}/s", path.path));
         }
+        if self.sent < self.bytes {
+            summary.push_str(&format!(", {} transferred", size(self.sent as f64)));
+        }
         if self.resumed > 0 {
             summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));
         }
         if self.copied > 0 {
-            summary.push_str(&format!(", {} copied there", size(self.copied as f64)));
+            summary.push_str(&format!(
+                ", {} copied from old versions",
+                size(self.copied as f64)
+            ));
+        }
+        if self.holes > 0 {
+            summary.push_str(&format!(", {} of holes", size(self.holes as f64)));
         }
         match self.reconnects {
             0 => {}
@@ -1119,6 +1198,12 @@ impl Report {
         }
         if self.living.changed > 0 {
             summary.push_str(&format!(", {} changed meanwhile", self.living.changed));
+        }
+        if self.living.torn > 0 {
+            summary.push_str(&format!(", {} may be torn", self.living.torn));
+        }
+        if self.mapped > 0 {
+            summary.push_str(&format!(", {} under other names", self.mapped));
         }
         summary + &self.unsent()
     }

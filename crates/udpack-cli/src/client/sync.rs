@@ -129,7 +129,7 @@ async fn once(
     report.mirrored();
     report.living(
         args.vanished == VanishedArg::Skip,
-        args.changed == ChangedArg::Retry,
+        args.changed != ChangedArg::Fail,
     );
     let result = sync(args, console, interrupts, &mut report).await;
     let went_through = result.is_ok();
@@ -534,7 +534,10 @@ impl Mirror<'_> {
                 }
                 making.spawn(make(store.clone(), root, steps, wanted, tell));
                 let downloader = self.args.pace.downloader(&self.link, store.clone());
-                let downloader = downloader.if_exists(IfExists::Overwrite).preserve(true);
+                let downloader = downloader
+                    .if_exists(IfExists::Overwrite)
+                    .delta(self.args.delta.into())
+                    .preserve(true);
                 let transfer = Transfer::Down(downloader.get(origins.of_downloads(listed)));
                 let beside = Some(Beside {
                     notes: told,
@@ -550,6 +553,7 @@ impl Mirror<'_> {
         uploader
             .if_exists(IfExists::Overwrite)
             .delta(self.args.delta.into())
+            .may_tear(self.args.changed == ChangedArg::Warn)
             .preserve(true)
     }
 

@@ -109,13 +109,18 @@ pub(super) async fn run(
             files: tally.same,
             failed: tally.wrong + tally.failures.count(),
             changed: None,
+            torn: None,
+            mapped: None,
             vanished: None,
             left_out: None,
             unchanged: None,
             deleted: None,
             bytes: tally.bytes,
             sent: 0,
+            resumed: 0,
             copied: 0,
+            holes: 0,
+            same: 0,
             reconnects: None,
             secs,
             rate: tally.bytes as f64 / secs.max(1e-6),
@@ -152,6 +157,7 @@ async fn verify(
         name: args.name.as_deref(),
         tree: &args.tree,
         every_dir: true,
+        mapped: false,
     };
     if args.paths.iter().any(|path| path == Path::new("-")) {
         return Err(
