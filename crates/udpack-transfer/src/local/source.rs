@@ -1399,7 +1399,8 @@ mod tests {
         let bytes = Bytes::from(all[..500].to_vec());
         let stored = Stored::new(rel("a"), 1_000, Meta::default(), bytes);
         let pace = Pace::new(&crate::local::limiter::Limiter::unlimited(), 1, 1 << 20);
-        let mut pieces = Opened::kept(stored).read(vec![], None, pace, Buffers::default(), None);
+        let mut pieces =
+            Opened::kept(stored).read(Known::default(), pace, Buffers::default(), None);
         let failed = async {
             loop {
                 match pieces.recv().await {
