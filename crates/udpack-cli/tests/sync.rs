@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{
     Exited, Running, Server, age, bytes, client, events, exited, named, odd_tree, result, staged,
-    tree, until, workdir, write,
+    tree, try_tree, until, workdir, write,
 };
 use serde_json::Value;
 
@@ -286,7 +286,9 @@ fn a_mirror_that_watches_follows_changes_and_outlives_its_server() {
     let mut running = Running::spawn(command.env("UDPACK_URL", &site.url).args(args));
     let equal = |site: &Site, what: &str| {
         let there = site.uploads().join("copy");
-        until(what, || there.exists() && tree(&there) == tree(&local));
+        until(what, || {
+            try_tree(&there).is_ok_and(|there| there == tree(&local))
+        });
     };
     equal(&site, "the first run");
     write(&local.join("new/deep/b"), b"2");

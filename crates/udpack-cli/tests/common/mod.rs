@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -46,7 +46,7 @@ pub(crate) fn server(dir: &Path) -> Command {
 
 /// Says that something was not tested, past the test harness, which would swallow it.
 pub(crate) fn skipped(what: &str) {
-    let _ = writeln!(std::io::stderr(), "skipped: {what}");
+    let _ = writeln!(io::stderr(), "skipped: {what}");
 }
 
 /// Whether there is such a program; says so if there is none.
@@ -449,27 +449,32 @@ pub(crate) type Tree = BTreeMap<String, (Vec<u8>, u32, i64, i64)>;
 
 /// Everything below a directory, but for what udpack keeps for itself.
 pub(crate) fn tree(root: &Path) -> Tree {
+    try_tree(root).expect("a tree that nobody changes")
+}
+
+/// The same of a tree that may change meanwhile.
+///
+/// # Errors
+/// When an entry is gone before it was read.
+pub(crate) fn try_tree(root: &Path) -> io::Result<Tree> {
     let mut all = Tree::new();
     let mut dirs = vec![root.to_owned()];
     while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(&dir).expect("a directory") {
-            let path = entry.expect("an entry").path();
+        for entry in fs::read_dir(&dir)? {
+            let path = entry?.path();
             let name = path.strip_prefix(root).expect("below");
             let name = udpack_transfer::names::from_os(name.as_os_str()).into_owned();
             if name == ".udpack" {
                 continue;
             }
-            let metadata = fs::symlink_metadata(&path).expect("metadata");
+            let metadata = fs::symlink_metadata(&path)?;
             let content = if metadata.is_dir() {
                 dirs.push(path);
                 b"dir".to_vec()
             } else if metadata.is_symlink() {
-                fs::read_link(&path)
-                    .expect("a link")
-                    .into_os_string()
-                    .into_encoded_bytes()
+                fs::read_link(&path)?.into_os_string().into_encoded_bytes()
             } else {
-                fs::read(&path).expect("a file")
+                fs::read(&path)?
             };
             // The times of a link itself do not travel.
             let time = match metadata.is_symlink() {
@@ -480,7 +485,7 @@ pub(crate) fn tree(root: &Path) -> Tree {
             all.insert(name, stat);
         }
     }
-    all
+    Ok(all)
 }
 
 pub(crate) fn write(path: &Path, content: &[u8]) {
