@@ -97,8 +97,10 @@ fn what_is_in_the_directory_comes_to_the_object_store_behind_it() {
     fs::create_dir_all(dir.path().join("tree/sub")).expect("mkdir");
     fs::write(dir.path().join("tree/large"), &large).expect("write");
     fs::write(dir.path().join("tree/sub/small"), &small).expect("write");
+    let url = server.new_token(&["op", "--scope", "read,write,delete,watch"]);
     let run = |args: &[&str]| {
-        let out = server.client(dir.path(), args);
+        let mut command = client(dir.path());
+        let out = exited(command.env("UDPACK_URL", &url).args(args));
         assert_eq!(out.code, 0, "{args:?}: {out:?}");
         out.stdout
     };

@@ -263,12 +263,14 @@ impl Server {
     pub(crate) fn started(mut program: Command, dir: TempDir) -> Self {
         let mut running = Running::spawn(&mut program);
         let mut lines = Vec::new();
-        for _ in 0..3 {
+        let paste = loop {
             let line = running.line();
+            if line.starts_with("UDPACK_URL=") {
+                break line;
+            }
             let (label, value) = line.split_once(' ').expect("a label and a value");
             lines.push((label.to_owned(), value.to_owned()));
-        }
-        let paste = running.line();
+        };
         let url = url(dir.path(), &paste);
         Self {
             running,
