@@ -681,21 +681,18 @@ impl Dialler {
         let lost = Instant::now().into_std();
         self.stop_probing(session);
         let moved = matches!(left, Left::Moved);
-        // How often the client still asks where its session is.
-        let mut detours = DETOURS;
         if let Left::For(reached) = left {
             match self.move_to_quic(session, *reached).await {
                 Ok(established) => return Ok(established),
                 Err(error) => reason = broken(&error),
             }
         }
-        let servers = 1 + self.client.inner.fallbacks.len();
-        let mut begin = self.serving;
+        let mut tour = Tour::from(self.serving);
         let mut wait = Duration::ZERO;
         if let Some(leaving) = session.departure.forget() {
-            begin += 1;
+            tour.begin += 1;
             // The session ends with its server, and another may not have heard of that yet.
-            detours = 1;
+            tour.detours = 1;
             self.told = leaving.goaway.address.as_deref().and_then(ConnectUrl::bare);
             // A client that has left has waited until its turn already.
             if !moved {
@@ -708,9 +705,8 @@ impl Dialler {
             0
         };
         let mut outage = Outage::after(self.flaps);
-        // The result of the last attempt at each server.
+        // The result of the last attempt at each place.
         let mut said = BTreeMap::new();
-        let (mut told_tries, mut turn) = (0, 0);
         loop {
             let Some((attempt, delay)) = outage.next(&self.policy) else {
                 return Err(of_all(reason, said));
@@ -728,40 +724,7 @@ impl Dialler {
                 since: lost,
             });
             tokio::time::sleep(delay.min(outage.left(&self.policy))).await;
-            // First twice where a server has told it to go, then each server twice, beginning with the one that has this
-            // session.
-            let told = self.told.take_if(|_| told_tries >= TOLD_TRIES);
-            if let Some(gone) = told {
-                tracing::info!(
-                    address = gone.authority(),
-                    "not found where it was told to be"
-                );
-            }
-            let server = match &self.told {
-                Some(_) => {
-                    told_tries += 1;
-                    None
-                }
-                None => {
-                    turn += 1;
-                    Some((begin + (turn - 1) / 2) % servers)
-                }
-            };
-            let came = match (server, self.told.clone()) {
-                (Some(at), _) => self.come_back(session, at, detours > 0).await,
-                (None, Some(node)) => self.come_to(session, &node, detours > 0).await,
-                (None, None) => return Err(reason),
-            };
-            let (came, server) = match came {
-                Err(error) if let (Some(_), Some(node)) = (server, elsewhere(&error)) => {
-                    detours = detours.saturating_sub(1);
-                    tracing::info!(address = node.authority(), "the session is there");
-                    let came = self.come_to(session, &node, true).await;
-                    self.told = Some(node);
-                    (came, None)
-                }
-                came => (came, server),
-            };
+            let (came, server) = self.attempt(session, &mut tour).await;
             let error = match came {
                 Ok(established) => {
                     if let Some(at) = server {
@@ -776,25 +739,58 @@ impl Dialler {
             let now = broken(&error);
             if now.code == CloseCode::ELSEWHERE {
                 // That was no place, or another one than the server before had told.
-                (self.told, detours) = (None, 0);
+                (self.told, tour.detours) = (None, 0);
             } else if !error.retry() {
                 match server {
                     Some(_) => return Err(now),
                     // Somebody else is there: the servers that the program knows decide.
-                    None => (self.told, detours) = (None, 0),
+                    None => (self.told, tour.detours) = (None, 0),
                 }
             }
-            let name = match server {
-                Some(at) => self.client.servers(&self.url).nth(at),
-                None => None,
-            };
-            let name = name.map_or_else(
+            let known = server.and_then(|at| self.client.servers(&self.url).nth(at));
+            let name = known.map_or_else(
                 || "the address that it was told".to_owned(),
                 |(url, _)| url.authority(),
             );
-            said.insert(server.unwrap_or(servers), (name, now.text.clone()));
+            said.insert(server.unwrap_or(usize::MAX), (name, now.text.clone()));
             reason = now;
         }
+    }
+
+    /// Connects once: first twice where a server has told the client to go, then twice to each server, beginning with the one
+    /// that has this session. A server that knows where the session is sends the client on. With the result comes which
+    /// server that was, or `None` for an address that was told.
+    async fn attempt(
+        &mut self,
+        session: &Session,
+        tour: &mut Tour,
+    ) -> (Result<Established, ConnectError>, Option<usize>) {
+        let follows = tour.detours > 0;
+        let told = self.told.take_if(|_| tour.told >= TOLD_TRIES);
+        if let Some(gone) = told {
+            let address = gone.authority();
+            tracing::info!(address, "not found where it was told to be");
+        }
+        if let Some(node) = self.told.clone() {
+            tour.told += 1;
+            return (self.come_to(session, &node, follows).await, None);
+        }
+        let servers = 1 + self.client.inner.fallbacks.len();
+        let at = (tour.begin + tour.known / 2) % servers;
+        tour.known += 1;
+        let came = self.come_back(session, at, follows).await;
+        let node = match &came {
+            Err(error) => elsewhere(error),
+            Ok(_) => None,
+        };
+        let Some(node) = node else {
+            return (came, Some(at));
+        };
+        tour.detours = tour.detours.saturating_sub(1);
+        tracing::info!(address = node.authority(), "the session is there");
+        let came = self.come_to(session, &node, true).await;
+        self.told = Some(node);
+        (came, None)
     }
 
     /// Connects to a server that the program knows.
@@ -847,6 +843,29 @@ impl Dialler {
     }
 }
 
+/// The attempts of one outage.
+struct Tour {
+    /// The server to begin with.
+    begin: usize,
+    /// Attempts at servers that the program knows.
+    known: usize,
+    /// Attempts at an address that was told.
+    told: u32,
+    /// How often the client still asks where its session is.
+    detours: u32,
+}
+
+impl Tour {
+    fn from(begin: usize) -> Self {
+        Self {
+            begin,
+            known: 0,
+            told: 0,
+            detours: DETOURS,
+        }
+    }
+}
+
 /// How often a client goes to an address that it was told, before it asks elsewhere.
 const TOLD_TRIES: u32 = 2;
 /// How often a client that comes back asks where its session is, and goes there.
@@ -886,7 +905,6 @@ fn ticket(session: &Session) -> Option<ResumeTicket> {
     })
 }
 
-/// Waits for the server's answer to a client that resumes.
 /// What was seen of a connection that was made for that alone, and closes it.
 async fn leave(begun: Instant, (conn, endpoint): Reached) -> Handshake {
     let shaken = Handshake {
@@ -899,6 +917,7 @@ async fn leave(begun: Instant, (conn, endpoint): Reached) -> Handshake {
     shaken
 }
 
+/// Waits for the server's answer to a client that resumes.
 async fn welcomed(
     session: &Session,
     mut established: Established,

@@ -4,7 +4,10 @@ use std::io;
 use std::time::Duration;
 
 use serde_json::json;
-use udpack_transfer::{Code, Remote, ServerStats, StatsWatch, TransferError};
+use udpack_transfer::{
+    ClusterStats, Code, PushStats, QuotaStats, Remote, ServerStats, SocketStats, StatsWatch,
+    TransferError,
+};
 
 use super::jobs::is_interrupt;
 use crate::args::StatsArgs;
@@ -115,8 +118,6 @@ fn short(stats: &ServerStats) -> String {
 
 /// A label and its values a line; what there may be many of is indented below.
 fn show(stats: &ServerStats) -> io::Result<()> {
-    let amount = |bytes: u64| size(bytes as f64);
-    let time = |secs: f64| duration(Duration::try_from_secs_f64(secs).unwrap_or_default());
     let jobs = &stats.jobs;
     let draining = if stats.draining {
         ", shutting down"
@@ -150,96 +151,118 @@ fn show(stats: &ServerStats) -> io::Result<()> {
     if let (Some(free), Some(total)) = (stats.disk_free, stats.disk_total) {
         output::line(&format!("disk {} free of {}", amount(free), amount(total)))?;
     }
-    for quota in &stats.quotas {
-        let whose = quota
-            .peer
-            .as_deref()
-            .map_or_else(|| "server".to_owned(), output::printable);
-        let used = match quota.used {
-            Some(used) => format!(
-                "{} % of {}",
-                percent(used, quota.quota),
-                amount(quota.quota)
-            ),
-            None => format!("{}, not counted yet", amount(quota.quota)),
-        };
-        let prefix = quota.prefix.as_deref().map_or_else(String::new, |prefix| {
-            format!("  {}", output::printable(prefix))
-        });
-        output::line(&format!("quota {whose}  {used}{prefix}"))?;
-    }
+    stats.quotas.iter().try_for_each(show_quota)?;
     output::line(&format!("connections {}", stats.sockets_in_all))?;
-    for socket in &stats.sockets {
-        let away = if socket.connected {
-            ""
-        } else {
-            "  out of reach"
-        };
-        output::line(&format!(
-            "  {}  {}  {}  {}  in {}  out {}  {:.1} ms  {}{away}  {}",
-            socket.id,
-            output::printable(&socket.peer),
-            socket.transport,
-            socket.address,
-            amount(socket.received),
-            amount(socket.sent),
-            socket.rtt * 1000.0,
-            time(socket.age),
-            output::printable(&socket.agent),
-        ))?;
-    }
+    stats.sockets.iter().try_for_each(show_socket)?;
     if let Some(push) = &stats.push {
-        output::line(&format!(
-            "push {} waiting, {} pushed, {}, {} removed, {} attempts failed",
-            push.waiting,
-            push.files,
-            amount(push.bytes),
-            push.removed,
-            push.failures
-        ))?;
-        if let Some(why) = &push.trouble {
-            output::line(&format!("  paused  {why}"))?;
-        }
-        for moving in &push.moving {
-            output::line(&format!(
-                "  pushing  {} % of {}  {}",
-                percent(moving.bytes, moving.size),
-                amount(moving.size),
-                output::printable(&moving.path)
-            ))?;
-        }
-        for failed in &push.failed {
-            let path = output::printable(&failed.path);
-            output::line(&format!("  failed  {path}  {}", failed.text))?;
-        }
+        show_push(push)?;
     }
     if let Some(cluster) = &stats.cluster {
-        let state = if cluster.degraded { "  degraded" } else { "" };
-        output::line(&format!("nodes {}{state}", 1 + cluster.nodes.len()))?;
-        let here = (&cluster.own, "  this one");
-        let others = cluster.nodes.iter().map(|node| (node, ""));
-        for (node, here) in std::iter::once(here).chain(others) {
-            let state = match node {
-                _ if node.lost => "  lost",
-                _ if node.draining => "  draining",
-                _ if node.degraded => "  degraded",
-                _ => "",
-            };
-            output::line(&format!(
-                "  {}  {}  {}  connections {}  rooms {}  members {}{state}{here}",
-                node.id,
-                output::printable(&node.name),
-                output::printable(&node.address),
-                node.sockets,
-                node.rooms,
-                node.members,
-            ))?;
-        }
+        show_cluster(cluster)?;
     }
     output::line(&format!("rooms {}", stats.rooms_in_all))?;
     for room in &stats.rooms {
         let name = output::printable(&room.name);
         output::line(&format!("  {}  {name}", room.members))?;
+    }
+    Ok(())
+}
+
+fn amount(bytes: u64) -> String {
+    size(bytes as f64)
+}
+
+fn time(secs: f64) -> String {
+    duration(Duration::try_from_secs_f64(secs).unwrap_or_default())
+}
+
+fn show_quota(quota: &QuotaStats) -> io::Result<()> {
+    let whose = quota
+        .peer
+        .as_deref()
+        .map_or_else(|| "server".to_owned(), output::printable);
+    let used = match quota.used {
+        Some(used) => format!(
+            "{} % of {}",
+            percent(used, quota.quota),
+            amount(quota.quota)
+        ),
+        None => format!("{}, not counted yet", amount(quota.quota)),
+    };
+    let prefix = quota.prefix.as_deref().map_or_else(String::new, |prefix| {
+        format!("  {}", output::printable(prefix))
+    });
+    output::line(&format!("quota {whose}  {used}{prefix}"))
+}
+
+fn show_socket(socket: &SocketStats) -> io::Result<()> {
+    let away = if socket.connected {
+        ""
+    } else {
+        "  out of reach"
+    };
+    output::line(&format!(
+        "  {}  {}  {}  {}  in {}  out {}  {:.1} ms  {}{away}  {}",
+        socket.id,
+        output::printable(&socket.peer),
+        socket.transport,
+        socket.address,
+        amount(socket.received),
+        amount(socket.sent),
+        socket.rtt * 1000.0,
+        time(socket.age),
+        output::printable(&socket.agent),
+    ))
+}
+
+fn show_push(push: &PushStats) -> io::Result<()> {
+    output::line(&format!(
+        "push {} waiting, {} pushed, {}, {} removed, {} attempts failed",
+        push.waiting,
+        push.files,
+        amount(push.bytes),
+        push.removed,
+        push.failures
+    ))?;
+    if let Some(why) = &push.trouble {
+        output::line(&format!("  paused  {why}"))?;
+    }
+    for moving in &push.moving {
+        output::line(&format!(
+            "  pushing  {} % of {}  {}",
+            percent(moving.bytes, moving.size),
+            amount(moving.size),
+            output::printable(&moving.path)
+        ))?;
+    }
+    for failed in &push.failed {
+        let path = output::printable(&failed.path);
+        output::line(&format!("  failed  {path}  {}", failed.text))?;
+    }
+    Ok(())
+}
+
+fn show_cluster(cluster: &ClusterStats) -> io::Result<()> {
+    let state = if cluster.degraded { "  degraded" } else { "" };
+    output::line(&format!("nodes {}{state}", 1 + cluster.nodes.len()))?;
+    let here = (&cluster.own, "  this one");
+    let others = cluster.nodes.iter().map(|node| (node, ""));
+    for (node, here) in std::iter::once(here).chain(others) {
+        let state = match node {
+            _ if node.lost => "  lost",
+            _ if node.draining => "  draining",
+            _ if node.degraded => "  degraded",
+            _ => "",
+        };
+        output::line(&format!(
+            "  {}  {}  {}  connections {}  rooms {}  members {}{state}{here}",
+            node.id,
+            output::printable(&node.name),
+            output::printable(&node.address),
+            node.sockets,
+            node.rooms,
+            node.members,
+        ))?;
     }
     Ok(())
 }
