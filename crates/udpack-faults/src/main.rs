@@ -1,7 +1,7 @@
 //! Breaks the real programs on purpose and looks what became of the files: `kill` sends SIGKILL at random instants,
 //! `power` cuts the power of the server's file system, `syscalls` fails single system calls of the server, `mirror` edits both
 //! sides of a `sync` and kills it, `pipes` kills what writes into a `put`. `cluster` breaks several servers and the broker between
-//! them, and looks what became of messages.
+//! them, and looks what became of messages. `store` kills a server whose files go to an object store.
 //!
 //! Everything random follows from a seed, which is printed first. The times at which things happen are the
 //! machine's, so that a seed replays what is done and not each interleaving.
@@ -15,6 +15,7 @@ mod pipes;
 mod power;
 mod rig;
 mod rng;
+mod store;
 mod syscalls;
 mod trace;
 
@@ -61,6 +62,8 @@ enum Fault {
     Pipes(pipes::PipeArgs),
     /// Kill nodes of a cluster, pause and empty its broker, cut nodes off it; needs nats-server.
     Cluster(cluster::ClusterArgs),
+    /// Kill a server whose files go to an object store, and let the store answer nothing for a while; needs moto_server.
+    Store(store::StoreArgs),
     /// Fail each system call of an upload in the server; needs strace.
     Syscalls(syscalls::SyscallArgs),
 }
@@ -97,6 +100,7 @@ fn run(arguments: &Arguments, seed: u64) -> anyhow::Result<bool> {
         Fault::Mirror(args) => mirror::run(args, &rig, rng),
         Fault::Pipes(args) => pipes::run(args, &rig, rng),
         Fault::Cluster(args) => cluster::run(args, &rig, rng),
+        Fault::Store(args) => store::run(args, &rig, rng),
         Fault::Syscalls(args) => syscalls::run(args, rig, rng),
     }
 }

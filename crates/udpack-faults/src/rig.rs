@@ -31,6 +31,8 @@ pub(crate) struct Rig {
     work: PathBuf,
     /// Arguments for every `put`.
     put_args: Vec<String>,
+    /// Set for every program.
+    env: Vec<(String, String)>,
 }
 
 impl Rig {
@@ -59,7 +61,13 @@ impl Rig {
             bins: fs::canonicalize(bins)?,
             work: fs::canonicalize(work)?,
             put_args: Vec::new(),
+            env: Vec::new(),
         })
+    }
+
+    /// Where the programs are.
+    pub(crate) fn bins(&self) -> &Path {
+        &self.bins
     }
 
     /// Where this run's files lie.
@@ -89,6 +97,20 @@ impl Rig {
             work,
             ..self.clone()
         })
+    }
+
+    /// The same with these variables set for every program.
+    pub(crate) fn with_env(mut self, variables: &[(&str, &str)]) -> Self {
+        let pairs = variables.iter();
+        let pairs = pairs.map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        self.env.extend(pairs);
+        self
+    }
+
+    /// Whether the server has this flag.
+    pub(crate) fn server_knows(&self, flag: &str) -> anyhow::Result<bool> {
+        let help = self.command(SERVER).arg("--help").output()?;
+        Ok(String::from_utf8_lossy(&help.stdout).contains(flag))
     }
 
     /// Adds arguments to every `put`, if the client knows the first of them; whether it does.
@@ -231,6 +253,7 @@ impl Rig {
             }
         }
         command.env("UDPACK_KEYS", self.work.join(KEYS));
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
 }
