@@ -1699,7 +1699,7 @@ mod tests {
             for arg in command.get_arguments() {
                 let expected = match arg.get_id().as_str() {
                     "to" | "keys" | "token_file" | "fingerprint" | "transport" | "cc" | "proxy"
-                    | "no_proxy" | "connect_timeout" | "qlog"
+                    | "no_proxy" | "connect_timeout" | "qlog" | "via"
                         if connects =>
                     {
                         Some("Connection")

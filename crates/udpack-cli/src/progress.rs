@@ -508,7 +508,7 @@ mod tests {
         assert_eq!(line(40), " 40 % 2.5 MiB/s eta 0:07 9901 left");
         assert_eq!(
             line(120),
-            " 40 % [======>         ] 12.0 MiB of 30.0 MiB 2.5 MiB/s eta 0:07 9901 of 10000 files left …th-a-name.bin"
+            " 40 % [======>         ] 12.0 MiB of 30.0 MiB 2.5 MiB/s eta 0:07 9901 of 10000 files left …/a/file-with-a-name.bin"
         );
         let lost = |columns| layout(&progress, 0.0, (Some("reconnecting"), None), name, columns);
         assert_eq!(lost(20), " 40 % reconnecting");
