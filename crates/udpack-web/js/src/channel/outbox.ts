@@ -31,53 +31,53 @@ export interface OutboxEvents {
 export type Told = 'ok' | 'mismatch';
 
 export class Outbox {
-  private readonly limits: OutboxLimits;
-  private readonly resumable: boolean;
-  private readonly on: OutboxEvents;
-  private frames: Uint8Array[] = [];
+  readonly #limits: OutboxLimits;
+  readonly #resumable: boolean;
+  readonly #on: OutboxEvents;
+  #frames: Uint8Array[] = [];
   /** The number of the first frame that is kept. */
-  private first = 1;
+  #first = 1;
   /** The number of the next frame to write. */
-  private next = 1;
-  private held = 0;
-  private sender: ByteSender | undefined;
-  private endWritten = false;
-  private endConfirmed = false;
-  private endWanted = false;
-  private refusedByPeer = false;
-  private readonly spare: ArrayBufferLike[] = [];
+  #next = 1;
+  #held = 0;
+  #sender: ByteSender | undefined;
+  #endWritten = false;
+  #endConfirmed = false;
+  #endWanted = false;
+  #refusedByPeer = false;
+  readonly #spare: ArrayBufferLike[] = [];
   /** Wakes when something was queued, written or confirmed. */
   readonly changed = new Signal();
 
   constructor(limits: OutboxLimits, resumable: boolean, on: OutboxEvents) {
-    this.limits = limits;
-    this.resumable = resumable;
-    this.on = on;
+    this.#limits = limits;
+    this.#resumable = resumable;
+    this.#on = on;
   }
 
   /** Memory for a frame: that of a large one which is written, since a browser takes longer to give new memory than to copy. */
   readonly memory = (length: number): Uint8Array => {
-    const buffer = length > GATHER ? this.spare.pop() : undefined;
+    const buffer = length > GATHER ? this.#spare.pop() : undefined;
     return buffer && buffer.byteLength >= length ? new Uint8Array(buffer, 0, length) : new Uint8Array(length);
   };
 
   /** Bytes that are queued, or written and not confirmed. */
   get bytes(): number {
-    return this.held;
+    return this.#held;
   }
 
   get hasRoom(): boolean {
-    return this.held < this.limits.bytes && this.frames.length < this.limits.frames;
+    return this.#held < this.#limits.bytes && this.#frames.length < this.#limits.frames;
   }
 
   /** Whether the end of this direction was asked for. */
   get ended(): boolean {
-    return this.endWanted;
+    return this.#endWanted;
   }
 
   /** Whether everything is written. */
   get flushed(): boolean {
-    return this.refusedByPeer || (this.next > this.sent && (!this.endWanted || this.endWritten));
+    return this.#refusedByPeer || (this.#next > this.#sent && (!this.#endWanted || this.#endWritten));
   }
 
   /** Resolves when everything is written. Stays open when it never is. */
@@ -89,39 +89,39 @@ export class Outbox {
 
   /** Whether this direction is over and nothing of it need be kept. */
   get done(): boolean {
-    return this.refusedByPeer || (this.endWanted && (this.resumable ? this.endConfirmed : this.endWritten));
+    return this.#refusedByPeer || (this.#endWanted && (this.#resumable ? this.#endConfirmed : this.#endWritten));
   }
 
   /** How many frames the peer has confirmed. */
   get confirmed(): number {
-    return this.first - 1;
+    return this.#first - 1;
   }
 
-  private get sent(): number {
-    return this.first - 1 + this.frames.length;
+  get #sent(): number {
+    return this.#first - 1 + this.#frames.length;
   }
 
   /** Queues a whole frame, whatever there is room for: `hasRoom` is the caller's to ask. */
   push(frame: Uint8Array): void {
-    if (this.endWanted || this.refusedByPeer) {
+    if (this.#endWanted || this.#refusedByPeer) {
       return;
     }
-    this.frames.push(frame);
-    this.held += frame.length;
+    this.#frames.push(frame);
+    this.#held += frame.length;
     this.changed.wake();
   }
 
   /** Ends this direction behind what is queued. */
   finish(): void {
-    this.endWanted = true;
+    this.#endWanted = true;
     this.changed.wake();
   }
 
   /** The peer takes nothing more: nothing is kept, sent or waited for. */
   refuse(): void {
-    this.refusedByPeer = true;
-    this.drop(this.frames.length);
-    this.settle();
+    this.#refusedByPeer = true;
+    this.#drop(this.#frames.length);
+    this.#settle();
   }
 
   /** The peer has received `received` frames, by `$ack`, or by `$open` or `$resume` on a new stream. */
@@ -130,56 +130,56 @@ export class Outbox {
       this.refuse();
       return 'ok';
     }
-    const last = this.endWanted ? this.sent + 1 : this.sent;
-    if (this.refusedByPeer) {
+    const last = this.#endWanted ? this.#sent + 1 : this.#sent;
+    if (this.#refusedByPeer) {
       return 'ok';
     }
     if (received > last) {
       return 'mismatch';
     }
     const count = Number(received);
-    if (count < this.confirmed || (this.endConfirmed && count < last)) {
+    if (count < this.confirmed || (this.#endConfirmed && count < last)) {
       return by === 'ack' ? 'ok' : 'mismatch';
     }
-    this.endConfirmed = this.endWanted && count === last;
-    this.drop(Math.min(count, this.sent) - this.confirmed);
-    this.settle();
+    this.#endConfirmed = this.#endWanted && count === last;
+    this.#drop(Math.min(count, this.#sent) - this.confirmed);
+    this.#settle();
     return 'ok';
   }
 
   /** Goes on over a stream: everything that is kept is written to it, in order. */
   attach(sender: ByteSender): void {
-    this.sender = sender;
-    this.next = this.first;
-    this.endWritten = false;
-    void this.pump(sender);
-    void sender.stopped.then((code) => this.stopped(sender, code));
+    this.#sender = sender;
+    this.#next = this.#first;
+    this.#endWritten = false;
+    void this.#pump(sender);
+    void sender.stopped.then((code) => this.#stopped(sender, code));
   }
 
   detach(): void {
-    this.sender = undefined;
+    this.#sender = undefined;
     this.changed.wake();
   }
 
-  private async pump(sender: ByteSender): Promise<void> {
+  async #pump(sender: ByteSender): Promise<void> {
     try {
-      while (this.sender === sender) {
-        const chunk = this.gather();
+      while (this.#sender === sender) {
+        const chunk = this.#gather();
         if (chunk.count > 0) {
-          this.next += chunk.count;
+          this.#next += chunk.count;
           await sender.write(chunk.bytes);
-          if (!this.resumable && this.sender === sender) {
-            this.drop(Math.min(chunk.count, this.frames.length));
-            if (chunk.bytes.length > GATHER && this.spare.length < SPARE) {
-              this.spare.push(chunk.bytes.buffer);
+          if (!this.#resumable && this.#sender === sender) {
+            this.#drop(Math.min(chunk.count, this.#frames.length));
+            if (chunk.bytes.length > GATHER && this.#spare.length < SPARE) {
+              this.#spare.push(chunk.bytes.buffer);
             }
           }
           this.changed.wake();
-        } else if (this.endWanted || this.refusedByPeer) {
+        } else if (this.#endWanted || this.#refusedByPeer) {
           await sender.finish();
-          if (this.sender === sender) {
-            this.endWritten = true;
-            this.settle();
+          if (this.#sender === sender) {
+            this.#endWritten = true;
+            this.#settle();
           }
           return;
         } else {
@@ -189,37 +189,37 @@ export class Outbox {
     } catch (error) {
       // A connection that is over is the session's to see: it detaches this, or ends the channel.
       if (error instanceof StreamEnd) {
-        this.stopped(sender, error.code);
+        this.#stopped(sender, error.code);
       }
     }
   }
 
-  private stopped(sender: ByteSender, code: number): void {
-    if (this.sender !== sender) {
+  #stopped(sender: ByteSender, code: number): void {
+    if (this.#sender !== sender) {
       return;
     }
-    this.sender = undefined;
+    this.#sender = undefined;
     const all = this.done;
     this.refuse();
     if (!all) {
       sender.reset(code);
     }
-    this.on.stopped(code);
+    this.#on.stopped(code);
   }
 
-  private settle(): void {
+  #settle(): void {
     this.changed.wake();
     if (this.done) {
-      this.on.done();
+      this.#on.done();
     }
   }
 
   /** What is written next: a frame, or several small ones. */
-  private gather(): { bytes: Uint8Array; count: number } {
-    const from = this.next - this.first;
+  #gather(): { bytes: Uint8Array; count: number } {
+    const from = this.#next - this.#first;
     let size = 0;
     let count = 0;
-    for (let frame = this.frames[from]; frame; frame = this.frames[from + count]) {
+    for (let frame = this.#frames[from]; frame; frame = this.#frames[from + count]) {
       if (count > 0 && size + frame.length > GATHER) {
         break;
       }
@@ -227,22 +227,22 @@ export class Outbox {
       count += 1;
     }
     if (count <= 1) {
-      return { bytes: this.frames[from] ?? new Uint8Array(0), count };
+      return { bytes: this.#frames[from] ?? new Uint8Array(0), count };
     }
     const bytes = new Uint8Array(size);
     let at = 0;
-    for (const frame of this.frames.slice(from, from + count)) {
+    for (const frame of this.#frames.slice(from, from + count)) {
       bytes.set(frame, at);
       at += frame.length;
     }
     return { bytes, count };
   }
 
-  private drop(count: number): void {
-    for (const frame of this.frames.splice(0, count)) {
-      this.held -= frame.length;
+  #drop(count: number): void {
+    for (const frame of this.#frames.splice(0, count)) {
+      this.#held -= frame.length;
     }
-    this.first += count;
-    this.next = Math.max(this.next, this.first);
+    this.#first += count;
+    this.#next = Math.max(this.#next, this.#first);
   }
 }

@@ -79,59 +79,59 @@ export class Session extends Emitter<SessionEvents> {
   readonly volatiles = new Volatiles();
   readonly token: TokenKeeper;
   readonly closed = new Deferred<CloseReason>();
-  private readonly options: SessionOptions;
-  private readonly acks: Acks;
-  private readonly wishes = new Signal();
-  private now: SocketState = { state: 'connecting' };
-  private link: Link | undefined;
-  private ticket: ResumeTicket | undefined;
-  private sessionId: string | undefined;
-  private wish: CloseReason | undefined;
+  readonly #options: SessionOptions;
+  readonly #acks: Acks;
+  readonly #wishes = new Signal();
+  #now: SocketState = { state: 'connecting' };
+  #link: Link | undefined;
+  #ticket: ResumeTicket | undefined;
+  #sessionId: string | undefined;
+  #wish: CloseReason | undefined;
   /** Where a server has told the session to be. */
-  private told: string | undefined;
-  private dialling: AbortController | undefined;
-  private hurry = false;
-  private asleep = false;
+  #told: string | undefined;
+  #dialling: AbortController | undefined;
+  #hurry = false;
+  #asleep = false;
   /** A better connection than the one that was left for it. */
-  private better: Connection | undefined;
-  private turn: { at: number; goAway: GoAway; stop: Stop } | undefined;
+  #better: Connection | undefined;
+  #turn: { at: number; goAway: GoAway; stop: Stop } | undefined;
 
   constructor(options: SessionOptions) {
     super();
-    this.options = options;
-    this.acks = new Acks(options.clock);
+    this.#options = options;
+    this.#acks = new Acks(options.clock);
     this.token = new TokenKeeper(options.token, options.clock);
-    this.channels = new Channels(options.clock, this.acks, options.frame, options.channels, options.accept);
+    this.channels = new Channels(options.clock, this.#acks, options.frame, options.channels, options.accept);
     this.channels.history = options.history;
   }
 
   get state(): SocketState {
-    return this.now;
+    return this.#now;
   }
 
   /** What carries the session now. */
   get via(): Connection['via'] {
-    return this.link?.connection.via;
+    return this.#link?.connection.via;
   }
 
   /** 32 hexadecimal digits; another after a session that could not be resumed. */
   get id(): string | undefined {
-    return this.sessionId;
+    return this.#sessionId;
   }
 
   /** Makes the first connection. Rejects with `ConnectError`, or the signal's reason; then the session is over. */
   async start(signal: AbortSignal | undefined): Promise<void> {
-    for (let left = this.options.first - 1; ; left -= 1) {
+    for (let left = this.#options.first - 1; ; left -= 1) {
       try {
-        const link = await this.dial('connect', signal);
-        void this.live(link);
+        const link = await this.#dial('connect', signal);
+        void this.#live(link);
         return;
       } catch (error) {
         if (left > 0 && error instanceof ConnectError && error.retry) {
           continue;
         }
         const reason = error instanceof ConnectError ? error.reason : new CloseReason(Code.CANCELLED, `${error}`, 'local');
-        this.finish(reason);
+        this.#finish(reason);
         throw error;
       }
     }
@@ -144,11 +144,11 @@ export class Session extends Emitter<SessionEvents> {
     try {
       while (true) {
         signal?.throwIfAborted();
-        if (this.wish || this.now.state === 'closed') {
-          throw new ClosedError(this.wish ?? (await this.closed.promise));
+        if (this.#wish || this.#now.state === 'closed') {
+          throw new ClosedError(this.#wish ?? (await this.closed.promise));
         }
-        if (this.now.state === 'goingAway' && !this.options.reconnect) {
-          throw new ClosedError(this.now.goAway.reason);
+        if (this.#now.state === 'goingAway' && !this.#options.reconnect) {
+          throw new ClosedError(this.#now.goAway.reason);
         }
         const channel = this.channels.canOpen ? await this.channels.open(wanted) : undefined;
         if (channel) {
@@ -163,51 +163,51 @@ export class Session extends Emitter<SessionEvents> {
 
   /** Ends the session in order. */
   close(reason: CloseReason): Promise<CloseReason> {
-    this.wish ??= reason;
-    this.wishes.wake();
-    this.dialling?.abort();
+    this.#wish ??= reason;
+    this.#wishes.wake();
+    this.#dialling?.abort();
     this.channels.changed.wake();
     return this.closed.promise;
   }
 
   /** Tries to reconnect now instead of after the wait: the network is back, say. */
   reconnectNow(): void {
-    this.hurry = true;
-    this.wishes.wake();
+    this.#hurry = true;
+    this.#wishes.wake();
   }
 
   /** Gives the connection up for a while: the server keeps the session, and no other connection is made until `wake`. */
   sleep(): void {
-    if (this.options.reconnect) {
-      this.asleep = true;
-      this.dialling?.abort();
-      this.link?.connection.close(Code.SUPERSEDED, SLEEPS);
+    if (this.#options.reconnect) {
+      this.#asleep = true;
+      this.#dialling?.abort();
+      this.#link?.connection.close(Code.SUPERSEDED, SLEEPS);
     }
   }
 
   wake(): void {
-    this.asleep = false;
+    this.#asleep = false;
     this.reconnectNow();
   }
 
   /** Ends the session without waiting for anything: its page is going. */
   quit(): void {
-    this.link?.connection.close(Code.NORMAL, '');
+    this.#link?.connection.close(Code.NORMAL, '');
     void this.close(new CloseReason(Code.NORMAL, 'the page is left', 'local'));
   }
 
   /** One try: connect, and be let in. */
-  private async dial(wanted: TokenWanted, signal?: AbortSignal, follows = true): Promise<Link> {
-    const { clock, connectMs } = this.options;
+  async #dial(wanted: TokenWanted, signal?: AbortSignal, follows = true): Promise<Link> {
+    const { clock, connectMs } = this.#options;
     signal?.throwIfAborted();
-    const token = await this.fetchToken(wanted);
+    const token = await this.#fetchToken(wanted);
     const controller = new AbortController();
     const abort = (): void => controller.abort();
     signal?.addEventListener('abort', abort);
     try {
-      const { better } = this;
-      this.better = undefined;
-      const dialled = better ? Promise.resolve(better) : this.options.dial(controller.signal, this.told);
+      const better = this.#better;
+      this.#better = undefined;
+      const dialled = better ? Promise.resolve(better) : this.#options.dial(controller.signal, this.#told);
       const connection = await within(clock, connectMs, dialled, () => {
         controller.abort();
         void dialled.then((late) => late.close(Code.NORMAL, '')).catch(() => {});
@@ -217,15 +217,15 @@ export class Session extends Emitter<SessionEvents> {
         connection.close(Code.NORMAL, '');
         signal.throwIfAborted();
       }
-      controller.signal.addEventListener('abort', () => connection.close(this.asleep ? Code.SUPERSEDED : Code.NORMAL, ''));
+      controller.signal.addEventListener('abort', () => connection.close(this.#asleep ? Code.SUPERSEDED : Code.NORMAL, ''));
       const hello = {
         token,
-        agent: this.options.agent,
-        frame: this.options.frame,
-        channels: this.options.channels,
-        ...(this.options.resume && { resume: this.ticket ? { ticket: this.ticket } : {} }),
+        agent: this.#options.agent,
+        frame: this.#options.frame,
+        channels: this.#options.channels,
+        ...(this.#options.resume && { resume: this.#ticket ? { ticket: this.#ticket } : {} }),
         marks: true,
-        history: this.options.history !== undefined,
+        history: this.#options.history !== undefined,
         follows,
       };
       return await admit(connection, hello, clock, connectMs);
@@ -237,7 +237,7 @@ export class Session extends Emitter<SessionEvents> {
     }
   }
 
-  private async fetchToken(wanted: TokenWanted): Promise<string> {
+  async #fetchToken(wanted: TokenWanted): Promise<string> {
     try {
       return await this.token.forHello(wanted);
     } catch (error) {
@@ -247,73 +247,73 @@ export class Session extends Emitter<SessionEvents> {
   }
 
   /** One connection after the other, until there is no other. */
-  private async live(first: Link): Promise<void> {
+  async #live(first: Link): Promise<void> {
     let link = first;
     while (true) {
-      this.up(link);
-      const { reason, moved } = await this.drive(link);
-      const { reconnect } = this.options;
+      this.#up(link);
+      const { reason, moved } = await this.#drive(link);
+      const { reconnect } = this.#options;
       const slept = reason.by === 'local' && reason.code === Code.SUPERSEDED;
-      const comesBack = reconnect !== undefined && this.wish === undefined && (moved || slept || (reason.retry && reason.by !== 'local'));
+      const comesBack = reconnect !== undefined && this.#wish === undefined && (moved || slept || (reason.retry && reason.by !== 'local'));
       // A session goes on where its connection was lost. One that a side has closed with a code is over.
       const goesOn = comesBack && !moved && (reason.by === 'transport' || reason.code === Code.SUPERSEDED);
       if (!goesOn) {
-        this.ticket = undefined;
+        this.#ticket = undefined;
       }
-      this.down(reason, !goesOn || !this.ticket);
+      this.#down(reason, !goesOn || !this.#ticket);
       if (!comesBack) {
-        return this.finish(reason);
+        return this.#finish(reason);
       }
-      const next = await this.comeBack(reconnect, reason, moved);
+      const next = await this.#comeBack(reconnect, reason, moved);
       if (next instanceof CloseReason) {
-        return this.finish(next);
+        return this.#finish(next);
       }
       link = next;
     }
   }
 
-  private finish(reason: CloseReason): void {
-    this.better?.close(Code.NORMAL, '');
+  #finish(reason: CloseReason): void {
+    this.#better?.close(Code.NORMAL, '');
     this.channels.abandon(reason);
     this.volatiles.end();
-    this.change({ state: 'closed', reason });
+    this.#change({ state: 'closed', reason });
     this.closed.resolve(reason);
     this.channels.changed.wake();
   }
 
-  private change(state: SocketState): void {
-    this.now = state;
+  #change(state: SocketState): void {
+    this.#now = state;
     this.emit('state', state);
   }
 
-  private up(link: Link): void {
+  #up(link: Link): void {
     const { welcome, control, stream } = link;
-    this.link = link;
-    this.sessionId = welcome.session;
-    this.ticket = welcome.resume && { session: welcome.session, token: welcome.resume.token };
-    this.hurry = false;
+    this.#link = link;
+    this.#sessionId = welcome.session;
+    this.#ticket = welcome.resume && { session: welcome.session, token: welcome.resume.token };
+    this.#hurry = false;
     if (!welcome.resumed) {
       this.volatiles.forget();
     }
     control.attach(stream.send);
     this.channels.up(link);
-    this.acks.use(control);
+    this.#acks.use(control);
     this.token.up(welcome.expiresMs, (token) => control.push(encodeFrame(CONTROL_FRAME, '$refresh', { token })));
-    this.volatiles.serve(link.connection, this.options.frame);
+    this.volatiles.serve(link.connection, this.#options.frame);
     const { resumed, reason } = welcome;
-    this.change({ state: 'connected', resumed, ...(reason !== undefined && { reason }) });
+    this.#change({ state: 'connected', resumed, ...(reason !== undefined && { reason }) });
   }
 
-  private down(reason: CloseReason, sessionOver: boolean): void {
-    this.link?.control.detach();
-    this.link = undefined;
-    this.acks.use(undefined);
+  #down(reason: CloseReason, sessionOver: boolean): void {
+    this.#link?.control.detach();
+    this.#link = undefined;
+    this.#acks.use(undefined);
     this.token.down();
     this.channels.down(reason, sessionOver);
   }
 
   /** Serves one connection to its end. */
-  private async drive(link: Link): Promise<Outcome> {
+  async #drive(link: Link): Promise<Outcome> {
     const { connection } = link;
     const over = new Deferred<Outcome>();
     // What this side has begun to do counts before how the connection takes it.
@@ -325,55 +325,55 @@ export class Session extends Emitter<SessionEvents> {
       over.resolve(outcome);
     };
     const wished = async (): Promise<void> => {
-      while (this.wish === undefined && !over.settled) {
-        await this.wishes.wait();
+      while (this.#wish === undefined && !over.settled) {
+        await this.#wishes.wait();
       }
-      if (this.wish && !over.settled) {
-        await part({ reason: this.wish, moved: false }, this.leave(link, this.wish));
+      if (this.#wish && !over.settled) {
+        await part({ reason: this.#wish, moved: false }, this.#leave(link, this.#wish));
       }
     };
     const move = (): void =>
-      void part({ reason: new CloseReason(Code.MOVED, 'moved to another server', 'local'), moved: true }, this.move(link));
+      void part({ reason: new CloseReason(Code.MOVED, 'moved to another server', 'local'), moved: true }, this.#move(link));
     void connection.closed.then(ended);
-    if (this.asleep) {
+    if (this.#asleep) {
       connection.close(Code.SUPERSEDED, SLEEPS);
     }
     void wished();
-    void this.readControl(link, (goAway) => this.onGoAway(goAway, move)).then((reason) => {
+    void this.#readControl(link, (goAway) => this.#onGoAway(goAway, move)).then((reason) => {
       if (reason) {
         connection.close(reason.code, sendable(reason.text, 256));
         ended(reason);
       }
     });
     const left = new AbortController();
-    connection.seek?.(this.moverFrom(connection), left.signal);
+    connection.seek?.(this.#moverFrom(connection), left.signal);
     const outcome = await over.promise;
     left.abort();
-    this.wishes.wake();
+    this.#wishes.wake();
     connection.close(Code.NORMAL, '');
-    this.turn?.stop();
+    this.#turn?.stop();
     return outcome;
   }
 
-  private moverFrom(connection: Connection): Mover {
+  #moverFrom(connection: Connection): Mover {
     return {
       // Not amidst a close or a move to another server, and not while a channel would end with the connection.
       mayMove: () =>
-        this.link?.connection === connection &&
-        this.now.state === 'connected' &&
-        this.ticket !== undefined &&
-        this.options.reconnect !== undefined &&
-        this.wish === undefined &&
+        this.#link?.connection === connection &&
+        this.#now.state === 'connected' &&
+        this.#ticket !== undefined &&
+        this.#options.reconnect !== undefined &&
+        this.#wish === undefined &&
         this.channels.all.every(({ resumable }) => resumable),
       moveTo: (better) => {
-        this.better = better;
+        this.#better = better;
         connection.close(Code.SUPERSEDED, 'the session goes on over another transport');
       },
     };
   }
 
   /** Reads the control stream. Gives the reason to end the connection, or nothing when that has ended. */
-  private async readControl(link: Link, onGoAway: (goAway: GoAway) => void): Promise<CloseReason | undefined> {
+  async #readControl(link: Link, onGoAway: (goAway: GoAway) => void): Promise<CloseReason | undefined> {
     let awaitsChannels = link.welcome.resumed;
     try {
       while (true) {
@@ -384,14 +384,14 @@ export class Session extends Emitter<SessionEvents> {
         const message = decodeMessage(body);
         if (message.event === '$close') {
           const reason = decodeClose(message);
-          await this.agree(link, reason);
+          await this.#agree(link, reason);
           return reason;
         }
         if (awaitsChannels) {
           this.channels.peerHas(decodeChannels(message));
           awaitsChannels = false;
         } else {
-          this.onControl(message, onGoAway);
+          this.#onControl(message, onGoAway);
         }
       }
     } catch (error) {
@@ -400,11 +400,11 @@ export class Session extends Emitter<SessionEvents> {
       }
       // An end of the control stream without `$close` breaks the order. That of the connection may be behind it, and counts.
       const ended = new CloseReason(Code.PROTOCOL_ORDER, 'the control stream ended without $close', 'local');
-      return within<CloseReason | undefined>(this.options.clock, GONE_MS, link.connection.closed.then(() => undefined), () => ended);
+      return within<CloseReason | undefined>(this.#options.clock, GONE_MS, link.connection.closed.then(() => undefined), () => ended);
     }
   }
 
-  private onControl(message: WireMessage, onGoAway: (goAway: GoAway) => void): void {
+  #onControl(message: WireMessage, onGoAway: (goAway: GoAway) => void): void {
     switch (message.event) {
       case '$ack': {
         const { channel, own, received } = decodeAck(message);
@@ -423,24 +423,24 @@ export class Session extends Emitter<SessionEvents> {
   }
 
   /** Of several the one counts by which the client's turn comes soonest. */
-  private onGoAway(goAway: GoAway, move: () => void): void {
-    const { clock, random, reconnect } = this.options;
+  #onGoAway(goAway: GoAway, move: () => void): void {
+    const { clock, random, reconnect } = this.#options;
     const patience = reconnect?.patience ?? goAway.retryAfterMs;
     const at = clock.now() + Math.min(goAway.retryAfterMs, patience) + goAway.windowMs * random();
     this.emit('goaway', goAway);
-    if (this.turn && this.turn.at <= at) {
+    if (this.#turn && this.#turn.at <= at) {
       return;
     }
-    this.turn?.stop();
+    this.#turn?.stop();
     const stop = reconnect ? clock.after(at - clock.now(), move) : () => {};
-    this.turn = { at, goAway, stop };
+    this.#turn = { at, goAway, stop };
     this.channels.stopOpening();
-    this.change({ state: 'goingAway', goAway });
+    this.#change({ state: 'goingAway', goAway });
   }
 
   /** Finishes all channels, and waits until what is queued is sent and what still comes is read, as long as the time allows. */
-  private async wind(reason: CloseReason, ms: number, done: (channel: Channel) => boolean): Promise<void> {
-    const { clock } = this.options;
+  async #wind(reason: CloseReason, ms: number, done: (channel: Channel) => boolean): Promise<void> {
+    const { clock } = this.#options;
     this.channels.stopOpening();
     const until = clock.now() + ms;
     let late = false;
@@ -454,22 +454,22 @@ export class Session extends Emitter<SessionEvents> {
     const ended = (): boolean => this.channels.all.every((channel) => done(channel));
     while (!late && !ended()) {
       const changes = this.channels.all.map((channel) => channel[internals].outbox.changed.wait());
-      await Promise.race([this.channels.changed.wait(), this.link?.connection.closed, ...changes]);
-      late ||= this.link === undefined;
+      await Promise.race([this.channels.changed.wait(), this.#link?.connection.closed, ...changes]);
+      late ||= this.#link === undefined;
     }
     stop();
-    if (this.link) {
-      await within(clock, Math.max(0, until - clock.now()), this.link.connection.finished(), () => {});
+    if (this.#link) {
+      await within(clock, Math.max(0, until - clock.now()), this.#link.connection.finished(), () => {});
     }
   }
 
   /** Closes the connection from this side, in order. */
-  private async leave(link: Link, reason: CloseReason): Promise<void> {
-    const { clock, closeMs } = this.options;
+  async #leave(link: Link, reason: CloseReason): Promise<void> {
+    const { clock, closeMs } = this.#options;
     const until = clock.now() + closeMs;
     // Most servers end and confirm at once: Chromium 156 may lose the page when something still comes as the session ends.
-    await this.wind(reason, Math.min(closeMs, LINGER_MS), (channel) => channel[internals].outbox.done && channel[internals].peerFinished);
-    await this.wind(reason, Math.max(0, until - clock.now()), (channel) => channel[internals].outbox.flushed);
+    await this.#wind(reason, Math.min(closeMs, LINGER_MS), (channel) => channel[internals].outbox.done && channel[internals].peerFinished);
+    await this.#wind(reason, Math.max(0, until - clock.now()), (channel) => channel[internals].outbox.flushed);
     link.control.push(encodeFrame(CONTROL_FRAME, '$close', { code: reason.code, text: sendable(reason.text) }));
     // The server ends the connection when it has read everything. The end of the stream is for one that waits for it:
     // Chromium 156 loses the page when a session ends while that of a stream is on its way.
@@ -482,40 +482,40 @@ export class Session extends Emitter<SessionEvents> {
   }
 
   /** Leaves this server for another: nothing that was accepted is overtaken by what comes after. */
-  private async move(link: Link): Promise<void> {
+  async #move(link: Link): Promise<void> {
     const moved = new CloseReason(Code.MOVED, 'moved to another server', 'local');
-    await this.wind(moved, this.options.closeMs, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
-    await this.leave(link, new CloseReason(Code.NORMAL, '', 'local'));
+    await this.#wind(moved, this.#options.closeMs, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
+    await this.#leave(link, new CloseReason(Code.NORMAL, '', 'local'));
   }
 
   /** The server closes the connection: finishes what runs, then the connection can end. */
-  private async agree(link: Link, reason: CloseReason): Promise<void> {
-    await this.wind(reason, this.options.closeMs, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
+  async #agree(link: Link, reason: CloseReason): Promise<void> {
+    await this.#wind(reason, this.#options.closeMs, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
     link.control.finish();
     const over = link.connection.closed.then(() => {});
-    await within(this.options.clock, this.options.closeMs, Promise.race([link.control.untilFlushed(), over]), () => {});
+    await within(this.#options.clock, this.#options.closeMs, Promise.race([link.control.untilFlushed(), over]), () => {});
   }
 
   /** The next connection; why there is none, otherwise. */
-  private async comeBack(policy: Reconnect, lost: CloseReason, moved: boolean): Promise<Link | CloseReason> {
-    const { clock, random } = this.options;
+  async #comeBack(policy: Reconnect, lost: CloseReason, moved: boolean): Promise<Link | CloseReason> {
+    const { clock, random } = this.#options;
     let since = clock.now();
-    const turn = moved ? since : (this.turn?.at ?? since);
+    const turn = moved ? since : (this.#turn?.at ?? since);
     let detours = DETOURS;
-    if (this.turn) {
+    if (this.#turn) {
       // The session ends with its server, and another may not have heard of that yet.
       detours = 1;
-      this.told = this.turn.goAway.address;
+      this.#told = this.#turn.goAway.address;
     }
-    this.turn = undefined;
+    this.#turn = undefined;
     let tries = 0;
-    let now = moved || this.better !== undefined;
+    let now = moved || this.#better !== undefined;
     let reason = lost;
     for (let attempt = 1; ; attempt += 1) {
-      if (this.asleep) {
-        this.change({ state: 'reconnecting', attempt: 1, retryInMs: 0, reason });
-        while (this.asleep && this.wish === undefined) {
-          await this.wishes.wait();
+      if (this.#asleep) {
+        this.#change({ state: 'reconnecting', attempt: 1, retryInMs: 0, reason });
+        while (this.#asleep && this.#wish === undefined) {
+          await this.#wishes.wait();
         }
         // The time in which the page slept is not one in which the server did not answer.
         since = clock.now();
@@ -526,25 +526,25 @@ export class Session extends Emitter<SessionEvents> {
         return reason;
       }
       const wait = now ? 0 : Math.min(left, Math.max(delay(policy, attempt, random), turn - clock.now()));
-      this.change({ state: 'reconnecting', attempt, retryInMs: wait, reason });
-      await this.pause(wait);
-      if (this.wish) {
-        return this.wish;
+      this.#change({ state: 'reconnecting', attempt, retryInMs: wait, reason });
+      await this.#pause(wait);
+      if (this.#wish) {
+        return this.#wish;
       }
-      this.dialling = new AbortController();
+      this.#dialling = new AbortController();
       now = false;
       if (tries >= TOLD_TRIES) {
-        this.told = undefined;
+        this.#told = undefined;
       }
-      const { told } = this;
+      const told = this.#told;
       tries += told === undefined ? 0 : 1;
       try {
-        return await this.dial('reconnect', this.dialling.signal, detours > 0);
+        return await this.#dial('reconnect', this.#dialling.signal, detours > 0);
       } catch (error) {
-        if (this.wish) {
-          return this.wish;
+        if (this.#wish) {
+          return this.#wish;
         }
-        if (this.asleep) {
+        if (this.#asleep) {
           continue;
         }
         if (!(error instanceof ConnectError)) {
@@ -553,7 +553,7 @@ export class Session extends Emitter<SessionEvents> {
         reason = error.reason;
         const elsewhere = reason.code === Code.ELSEWHERE && reason.by === 'peer';
         if (elsewhere && told === undefined && detours > 0) {
-          this.told = reason.text;
+          this.#told = reason.text;
           tries = TOLD_TRIES - 1;
           detours -= 1;
           now = true;
@@ -562,22 +562,22 @@ export class Session extends Emitter<SessionEvents> {
             return reason;
           }
           // Somebody else is there: the servers that the program knows decide.
-          this.told = undefined;
+          this.#told = undefined;
           detours = 0;
         }
       }
     }
   }
 
-  private async pause(ms: number): Promise<void> {
-    const { clock } = this.options;
+  async #pause(ms: number): Promise<void> {
+    const { clock } = this.#options;
     let over = false;
     const waited = sleep(clock, ms).then(() => {
       over = true;
     });
-    while (!over && !this.hurry && this.wish === undefined) {
-      await Promise.race([waited, this.wishes.wait()]);
+    while (!over && !this.#hurry && this.#wish === undefined) {
+      await Promise.race([waited, this.#wishes.wait()]);
     }
-    this.hurry = false;
+    this.#hurry = false;
   }
 }

@@ -35,14 +35,19 @@ export interface Done {
   readonly same: boolean;
 }
 
+/** Most bytes of one `hole`. */
+const MOST_ZEROS = 16_777_216;
+
 /** What each message has beside its id. */
 const TABLES: Readonly<Record<string, (said: Said) => unknown>> = {
-  ready: (said) => [said.ranges('have'), said.number('chunk')],
+  ready: (said) => [said.ranges('have'), said.number('chunk'), said.has('holes') && said.flag('holes')],
   ack: (said) => [said.number('recv'), said.number('safe')],
   done: (said) => said.done(),
   error: (said) => said.error(),
   file: (said) => [said.name('path'), said.number('size')],
   chunk: (said) => [said.number('off'), said.part('chunk')],
+  // Comes only to who asks for holes, and this client does not.
+  hole: (said) => [said.number('off'), said.zeros('len')],
   finish: (said) => [said.number('size'), said.hash('hash')],
 };
 
@@ -97,6 +102,12 @@ export class Said {
     return value instanceof Uint8Array && value.length > 0 ? value : this.bad(key);
   }
 
+  /** How many zeros stand for a hole. */
+  zeros(key: string): number {
+    const value = this.number(key);
+    return value > 0 && value <= MOST_ZEROS ? value : this.bad(key);
+  }
+
   ranges(key: string): Range[] {
     const value = this.fields[key];
     if (!Array.isArray(value)) {
@@ -126,7 +137,7 @@ export class Said {
     return { path: this.name('path'), size: this.number('size'), hash: this.hash('hash'), same };
   }
 
-  private has(key: string): boolean {
+  has(key: string): boolean {
     return (this.fields[key] ?? undefined) !== undefined;
   }
 
