@@ -59,12 +59,7 @@ macro_rules! row {
 
 pub(super) const ROWS: &[Row] = &[
     // What it costs the others that a process takes processor time of this machine, whatever it does with it.
-    row!(
-        "one processor, nothing of the server",
-        compute,
-        false,
-        |_| { true }
-    ),
+    row!("a processor", compute, false, |_| { true }),
     row!("handshakes", handshakes, false, |site| {
         let metrics = site.server.metrics();
         let times = |refused: Option<&u64>| refused.copied().unwrap_or(0);
