@@ -179,10 +179,6 @@ impl Rig {
         files: &[PathBuf],
         to: Option<&str>,
     ) -> anyhow::Result<Put> {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.work.join("client.log"))?;
         let mut command = self.command(CLIENT);
         command
             .args(["put", "--json", "--progress", "none"])
@@ -191,23 +187,12 @@ impl Rig {
         if let Some(to) = to {
             command.args(["--as", &format!("{to}/")]);
         }
-        let mut child = command
-            .args(files)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
-            .context("cannot start a client")?;
-        let (lines, acks) = follow(child.stdout.take())?;
-        Ok(Put { child, lines, acks })
+        command.args(files);
+        self.start(command)
     }
 
     /// Starts any command of the client that moves files, with these arguments, in this directory.
     pub(crate) fn client(&self, port: u16, dir: &Path, arguments: &[&str]) -> anyhow::Result<Put> {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.work.join("client.log"))?;
         let mut command = self.command(CLIENT);
         let (name, arguments) = arguments.split_first().context("no command")?;
         command
@@ -218,8 +203,17 @@ impl Rig {
         if token.exists() {
             command.arg("--token-file").arg(token);
         }
+        command.current_dir(dir);
+        self.start(command)
+    }
+
+    /// Starts a client; what it has to say goes into one log.
+    fn start(&self, mut command: Command) -> anyhow::Result<Put> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.work.join("client.log"))?;
         let mut child = command
-            .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)

@@ -10,32 +10,14 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Fixture, bounded, drain, noise, rel, token, token_file};
+use common::{Fixture, bounded, drain, noise, readable, rel, stores, token, token_file};
 use raw::{RawLane, Say, V, chunk, finish, map, resumable, with};
 use serde::Deserialize;
 use udpack::Socket;
 use udpack_transfer::{
     Accepted, Access, Answer, Delta, Downloader, Event, Hook, HookAccess, HookOffer, HookStored,
-    IfExists, Outcome, Overwrite, Receiver, ReceiverConfig, Scope, Source, Store, StoreConfig,
-    Uploader, Wanted,
+    IfExists, Outcome, Receiver, ReceiverConfig, Source, Store, Uploader, Wanted,
 };
-
-fn stores() -> StoreConfig {
-    StoreConfig {
-        overwrite: Overwrite::Always,
-        ..StoreConfig::default()
-    }
-}
-
-fn readable() -> ReceiverConfig {
-    ReceiverConfig {
-        default_scope: Scope {
-            read: true,
-            ..Scope::default()
-        },
-        ..ReceiverConfig::default()
-    }
-}
 
 fn keep(fixture: &Fixture, path: &str, bytes: &[u8]) {
     let path = fixture.root().join(path);

@@ -9,32 +9,15 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
-use common::{Fixture, bounded, drain, noise, rel};
+use common::{Fixture, bounded, drain, noise, readable, rel, stores};
 use raw::{RawLane, Say, V, chunk, file, finish, map, resumable, with};
 use udpack::{Channel, Client, Deny, Hello, Identity, Peer, Server, Socket};
 use udpack_transfer::{
-    CHANNEL, Delta, Downloader, Event, IfExists, Memory, Outcome, Overwrite, Receiver,
-    ReceiverConfig, Scope, Source, Store, StoreConfig, TransferError, Uploader, Wanted,
+    CHANNEL, Delta, Downloader, Event, IfExists, Memory, Outcome, Receiver, Source, Store,
+    TransferError, Uploader, Wanted,
 };
 
 const MIB: u64 = 1 << 20;
-
-fn stores() -> StoreConfig {
-    StoreConfig {
-        overwrite: Overwrite::Always,
-        ..StoreConfig::default()
-    }
-}
-
-fn readable() -> ReceiverConfig {
-    ReceiverConfig {
-        default_scope: Scope {
-            read: true,
-            ..Scope::default()
-        },
-        ..ReceiverConfig::default()
-    }
-}
 
 /// A file of this size, with data at these places.
 fn sparse(path: &Path, size: u64, data: &[(u64, &[u8])]) {

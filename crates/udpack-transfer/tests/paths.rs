@@ -5,14 +5,12 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{TOKEN, memory, noise};
+use common::{TOKEN, known, memory, noise, readable};
 use tempfile::TempDir;
 use tokio::time::Instant;
 use udpack::testing::Net;
-use udpack::{Client, Deny, Hello, Identity, Peer, Server};
-use udpack_transfer::{
-    Downloader, Event, Link, Receiver, ReceiverConfig, Scope, Store, StoreConfig, Uploader, Wanted,
-};
+use udpack::{Client, Identity, Server};
+use udpack_transfer::{Downloader, Event, Link, Receiver, Store, StoreConfig, Uploader, Wanted};
 
 /// Bytes a second of each path.
 const RATE: u64 = 1_000_000;
@@ -30,24 +28,12 @@ impl Site {
     async fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let store = Store::open(dir.path().join("up"), StoreConfig::default()).expect("a store");
-        let config = ReceiverConfig {
-            default_scope: Scope {
-                read: true,
-                ..Scope::default()
-            },
-            ..ReceiverConfig::default()
-        };
         let net = Net::new(7).delay(Duration::from_millis(20)).rate(RATE);
         let builder = Server::builder()
             .identity(Identity::generate().expect("a key"))
-            .auth(|hello: Hello| async move {
-                match hello.token() {
-                    TOKEN => Ok(Peer::new("tester")),
-                    _ => Err(Deny::auth_failed()),
-                }
-            });
+            .auth(known);
         let server = net
-            .bind(Receiver::new(store, config).attach(builder))
+            .bind(Receiver::new(store, readable()).attach(builder))
             .await
             .expect("an address");
         Self { net, server, dir }

@@ -5,11 +5,11 @@ mod common;
 
 use std::time::Duration;
 
-use common::{TOKEN, noise, rel};
+use common::{TOKEN, known, noise, rel};
 use tempfile::TempDir;
 use tokio::time::Instant;
 use udpack::testing::Net;
-use udpack::{Client, Deny, Hello, Identity, Peer, Server};
+use udpack::{Client, Identity, Server};
 use udpack_transfer::{
     Downloader, Event, Fetch, Link, Receiver, ReceiverConfig, Remote, Scope, Source, Store,
     StoreConfig, TransferError, Uploader, Wanted,
@@ -39,12 +39,7 @@ impl Far {
         let net = Net::new(1).delay(DELAY);
         let builder = Server::builder()
             .identity(Identity::generate().expect("a key"))
-            .auth(|hello: Hello| async move {
-                match hello.token() {
-                    TOKEN => Ok(Peer::new("tester")),
-                    _ => Err(Deny::auth_failed()),
-                }
-            });
+            .auth(known);
         let server = net
             .bind(Receiver::new(store, config).attach(builder))
             .await

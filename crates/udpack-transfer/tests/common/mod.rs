@@ -11,8 +11,8 @@ use udpack::{
     Socket, TokenFile,
 };
 use udpack_transfer::{
-    Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, StoreError,
-    Upload,
+    Event, Outcome, Overwrite, Receiver, ReceiverConfig, RelPath, Scope, Source, Store,
+    StoreConfig, StoreError, Upload,
 };
 
 /// The token that the test server accepts.
@@ -20,6 +20,34 @@ pub(crate) const TOKEN: &str = "a-token-that-only-tests-know";
 
 /// Another one, of somebody else.
 pub(crate) const OTHER: &str = "a-token-that-only-others-know";
+
+/// Lets in whoever has one of these tokens.
+pub(crate) async fn known(hello: Hello) -> Result<Peer, Deny> {
+    match hello.token() {
+        TOKEN => Ok(Peer::new("tester")),
+        OTHER => Ok(Peer::new("other")),
+        _ => Err(Deny::auth_failed()),
+    }
+}
+
+/// A store that replaces what is there.
+pub(crate) fn stores() -> StoreConfig {
+    StoreConfig {
+        overwrite: Overwrite::Always,
+        ..StoreConfig::default()
+    }
+}
+
+/// Every token may read.
+pub(crate) fn readable() -> ReceiverConfig {
+    ReceiverConfig {
+        default_scope: Scope {
+            read: true,
+            ..Scope::default()
+        },
+        ..ReceiverConfig::default()
+    }
+}
 
 /// Nothing in a test takes longer than this.
 pub(crate) async fn bounded<F: Future>(future: F) -> F::Output {
@@ -50,14 +78,7 @@ impl Fixture {
     pub(crate) async fn over(dir: TempDir, store: StoreConfig, receiver: ReceiverConfig) -> Self {
         let store = Store::open(dir.path().join("up"), store).expect("a store");
         let receiver = Receiver::new(store, receiver);
-        Self::serve(dir, receiver, |hello: Hello| async move {
-            match hello.token() {
-                TOKEN => Ok(Peer::new("tester")),
-                OTHER => Ok(Peer::new("other")),
-                _ => Err(Deny::auth_failed()),
-            }
-        })
-        .await
+        Self::serve(dir, receiver, known).await
     }
 
     /// A server of this receiver, which lets in whom it is told to.
