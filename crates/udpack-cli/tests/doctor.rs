@@ -1,24 +1,18 @@
 //! `doctor` names the cause, on networks that are broken in one way each.
 
 mod common;
+#[path = "common/hosts.rs"]
+mod hosts;
 #[path = "../../udpack/tests/common/namespaces.rs"]
 mod namespaces;
 
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::process::Command;
+use std::net::TcpListener;
 
-use common::{Exited, Running, Server, client, exited, has_program, quiet, until, workdir};
-use namespaces::{Host, Hosts};
+use common::{Exited, Server, client, exited, has_program, workdir};
+use hosts::{on, only_by_proxy};
+use namespaces::Hosts;
 use serde_json::Value;
 use udpack::{Channel, Deny, Hello, Identity, Peer};
-
-/// A program on a host.
-fn on(host: &Host, program: &str, dir: &Path) -> Command {
-    let mut command = quiet(Command::new("ip"), dir);
-    command.args(["netns", "exec", host.name(), program]);
-    command
-}
 
 /// `udpack-server` on the server's host.
 fn serve(hosts: &Hosts) -> Server {
@@ -161,20 +155,7 @@ fn a_proxy_is_the_only_way_out() {
     let Some(hosts) = Hosts::new() else { return };
     let server = serve(&hosts);
     let dir = workdir();
-    let config = "Port 3128\nListen 10.203.0.2\nTimeout 600\nMaxClients 20\nLogLevel Connect\n\
-                  BasicAuth anna secret\nConnectPort 4433\n";
-    std::fs::write(dir.path().join("proxy.conf"), config).expect("written");
-    let mut proxy = on(&hosts.server, "tinyproxy", dir.path());
-    let mut proxy = Running::spawn(proxy.args(["-d", "-c", "proxy.conf"]));
-    until("the proxy listens", || {
-        assert!(!proxy.has_ended(), "{:?}", proxy.exited());
-        let reached = hosts
-            .client
-            .run(|| TcpStream::connect("10.203.0.2:3128").is_ok());
-        reached.join().expect("no panic")
-    });
-    hosts.server.nft("iifname eth0 meta l4proto udp", "drop");
-    hosts.server.nft("iifname eth0 tcp dport != 3128", "drop");
+    let _proxy = only_by_proxy(&hosts, dir.path());
     let by = |password: &str, args: &[&str]| {
         let dir = workdir();
         let mut command = on(

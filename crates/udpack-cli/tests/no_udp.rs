@@ -2,26 +2,21 @@
 //! proxy leads out.
 
 mod common;
+#[path = "common/hosts.rs"]
+mod hosts;
 #[path = "../../udpack/tests/common/namespaces.rs"]
 mod namespaces;
 
 use std::fs;
-use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Running, Server, bytes, exited, has_program, quiet, until, workdir};
+use common::{Running, Server, bytes, exited, has_program, until, workdir};
+use hosts::{on, only_by_proxy};
 use namespaces::{Host, Hosts};
 use serde_json::Value;
 
 const REASON: &str = "UDP does not pass";
-
-/// A program on a host.
-fn on(host: &Host, program: &str, dir: &Path) -> Command {
-    let mut command = quiet(Command::new("ip"), dir);
-    command.args(["netns", "exec", host.name(), program]);
-    command
-}
 
 fn serve(hosts: &Hosts) -> Server {
     let dir = workdir();
@@ -139,20 +134,7 @@ fn everything_works_where_only_a_proxy_leads_out() {
     );
     let server = serve(&hosts);
     let dir = workdir();
-    let config = "Port 3128\nListen 10.203.0.2\nTimeout 600\nMaxClients 20\nLogLevel Connect\n\
-                  BasicAuth anna secret\nConnectPort 4433\n";
-    fs::write(dir.path().join("proxy.conf"), config).expect("written");
-    let mut proxy = on(&hosts.server, "tinyproxy", dir.path());
-    let mut proxy = Running::spawn(proxy.args(["-d", "-c", "proxy.conf"]));
-    until("the proxy listens", || {
-        assert!(!proxy.has_ended(), "{:?}", proxy.exited());
-        let reached = hosts
-            .client
-            .run(|| TcpStream::connect("10.203.0.2:3128").is_ok());
-        reached.join().expect("no panic")
-    });
-    hosts.server.nft("iifname eth0 meta l4proto udp", "drop");
-    hosts.server.nft("iifname eth0 tcp dport != 3128", "drop");
+    let _proxy = only_by_proxy(&hosts, dir.path());
     let url = server.url().replace("10.203.0.2", "files.test");
     everything_works(&hosts, &server, &url, |command| {
         command.env("https_proxy", "http://anna:secret@10.203.0.2:3128");

@@ -1,6 +1,8 @@
 //! `--via`: a transfer over two cables at once, one of which is cut.
 
 mod common;
+#[path = "common/hosts.rs"]
+mod hosts;
 #[path = "../../udpack/tests/common/namespaces.rs"]
 mod namespaces;
 
@@ -8,8 +10,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Running, Server, bytes, client, exited, named, quiet, result, workdir};
-use namespaces::{Host, Hosts};
+use common::{Running, Server, bytes, client, exited, named, result, workdir};
+use hosts::on;
+use namespaces::Hosts;
 use serde_json::Value;
 
 /// Where the server is, whichever cable leads there.
@@ -36,12 +39,6 @@ fn two_cables() -> Option<Hosts> {
         });
     done.expect("root may do so");
     Some(hosts)
-}
-
-fn on(host: &Host, program: &str, dir: &Path) -> Command {
-    let mut command = quiet(Command::new("ip"), dir);
-    command.args(["netns", "exec", host.name(), program]);
-    command
 }
 
 fn serve(hosts: &Hosts) -> Server {
