@@ -3,14 +3,14 @@
 //! equal.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
 
@@ -43,16 +43,27 @@ enum What {
 
 /// Every content that a file ever had: the copy may show no other.
 #[derive(Debug, Default)]
-struct Known(Mutex<BTreeSet<[u8; 32]>>);
+struct Known {
+    hashes: Mutex<BTreeSet<[u8; 32]>>,
+    versions: AtomicU64,
+}
 
 impl Known {
+    /// The time of a version, of which there is no second one. The kernel's clock stands still for milliseconds: two files of one
+    /// size, written within them, would have one time, and a `sync` without `--checksum` takes them for equal. None is a whole second,
+    /// which matches every time within that second.
+    fn time_of_its_own(&self) -> SystemTime {
+        let version = 1 + self.versions.fetch_add(1, Ordering::Relaxed);
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) + Duration::from_micros(version)
+    }
+
     fn add(&self, hash: blake3::Hash) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(*hash.as_bytes());
     }
 
     fn has(&self, hash: blake3::Hash) -> bool {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
         known.contains(hash.as_bytes())
     }
 }
@@ -104,6 +115,14 @@ pub(crate) fn run(args: &MirrorArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<
             "tree",
             ":copy",
         ];
+        let checksum = ["--checksum"];
+        let by_content = rng.chance(30);
+        let arguments = [
+            &arguments[..1],
+            &checksum[..usize::from(by_content)],
+            &arguments[1..],
+        ]
+        .concat();
         let mut sync = rig.client(port, rig.work(), &arguments)?;
         runs += 1;
         let instant = Duration::from_millis(rng.range(5, 700));
@@ -217,6 +236,10 @@ fn edit(rng: &mut Rng, root: &Path, known: &Known) -> anyhow::Result<()> {
             // In one step: a file that is written in place may be seen half written by anyone.
             let new = root.with_extension(format!("new{}", rng.next()));
             fs::write(&new, bytes)?;
+            File::options()
+                .write(true)
+                .open(&new)?
+                .set_modified(known.time_of_its_own())?;
             if fs::rename(&new, &path).is_err() {
                 fs::remove_file(new)?;
             }
