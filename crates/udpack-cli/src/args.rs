@@ -1448,7 +1448,7 @@ value_enums! {
     OverwriteArg for Overwrite { Never, Rename, Always }
     PriorityArg for Priority { Bulk, Normal, High }
     TransportArg for TransportChoice {
-        /// QUIC over UDP; a WebSocket over TCP if UDP brings no answer within 300 ms.
+        /// QUIC over UDP; a WebSocket over TCP if UDP brings no answer within 250 ms.
         Auto,
         /// Only QUIC over UDP.
         Quic,

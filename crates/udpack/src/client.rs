@@ -16,7 +16,7 @@ use tracing::field::Empty;
 
 use crate::base::lock;
 use crate::channel::inbox::Inbox;
-use crate::client::race::{Attempt, Way};
+use crate::client::beside::{HeadStart, beside};
 use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
 use crate::session::default_agent;
@@ -30,7 +30,7 @@ use crate::transport::dialer::{DialError, Dialer, DialerError, Local};
 use crate::transport::endpoint::Via;
 use crate::transport::on_path;
 use crate::transport::proxy::Proxy;
-use crate::transport::{Connection, ConnectionError, Endpoint, StreamError};
+use crate::transport::{Connection, ConnectionError, StreamError};
 use crate::trust::auth::Peer;
 use crate::trust::certificate::dates;
 use crate::trust::fingerprint::Fingerprint;
@@ -42,6 +42,7 @@ use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Limits, Timeouts};
 use crate::wire::control::{self, Decode, ResumeRequest, ResumeTicket, Welcome};
 
+mod beside;
 mod race;
 mod takeover;
 mod through_proxy;
@@ -237,16 +238,11 @@ impl Client {
         let url = ConnectUrl::new(host, DEFAULT_PORT)
             .map_err(|_| ConnectError::Address(host.to_owned()))?;
         let begun = Instant::now();
-        let way = match over == TransportChoice::WebSocket {
-            true => Way::WebSocket,
-            false => Way::Quic,
+        let name = url.server_name();
+        let reached = match over == TransportChoice::WebSocket {
+            true => self.dial_tcp(address, name, HeadStart::none()).await?,
+            false => self.dial_quic(address, name).await?,
         };
-        let attempt = Attempt {
-            address,
-            way,
-            pause: Duration::ZERO,
-        };
-        let reached = self.dial(attempt, url.server_name()).await?;
         Ok(leave(begun, reached).await)
     }
 
@@ -269,7 +265,8 @@ impl Client {
             return Some(Err(ConnectError::Address(host.to_owned())));
         };
         let begun = Instant::now();
-        Some(match self.dial_through(Goal::of(&url), proxy).await {
+        let reached = self.dial_through(Goal::of(&url), proxy, HeadStart::none());
+        Some(match reached.await {
             Ok(reached) => Ok(leave(begun, reached).await),
             Err(error) => Err(error),
         })
@@ -320,10 +317,9 @@ impl Client {
                 self.dial_beside_proxy(goal, last, proxy).await?
             }
             _ => {
-                let over = (self.over, self.inner.won.was_websocket(url));
                 let found = self.lookup(url).await?;
-                self.dial_any(goal, race::in_turn(found, last, over))
-                    .await?
+                let order = race::in_turn(found, last);
+                self.dial_any(goal, order, self.over).await?
             }
         };
         let why = self.inner.won.note(url, self.over, &conn);
@@ -348,23 +344,28 @@ impl Client {
         Ok(token)
     }
 
-    /// Makes these attempts until one reaches the server. A server with another key, or one without a place, ends
+    /// Tries these addresses until one leads to the server. A server with another key, or one without a place, ends
     /// only its own attempt. After a success the other attempts are dropped before they send `$hello`.
     async fn dial_any(
         &self,
         Goal { name, at: url }: Goal<'_>,
-        attempts: Vec<Attempt>,
-    ) -> Result<(Connection, Endpoint), ConnectError> {
-        let raced = race::race(attempts, |attempt| self.dial(attempt, name.server_name()));
+        addresses: Vec<SocketAddr>,
+        over: TransportChoice,
+    ) -> Result<Reached, ConnectError> {
+        let at_once = self.inner.won.was_websocket(url);
+        let raced = race::race(addresses, |address| {
+            self.dial(address, name.server_name(), (over, at_once))
+        });
         let errors = match raced.await {
             Ok(reached) => return Ok(reached),
-            Err(errors) => without_repeats(errors),
+            Err(errors) => errors.into_iter(),
+        };
+        let each = |(address, errors): (SocketAddr, Vec<_>)| {
+            let errors = errors.into_iter();
+            errors.map(move |error| (address, error))
         };
         let host = url.host().to_owned();
-        let errors = errors.into_iter();
-        let mut errors: Vec<_> = errors
-            .map(|(tried, error)| (tried.address, error))
-            .collect();
+        let mut errors: Vec<_> = errors.flat_map(each).collect();
         match errors.pop() {
             None => Err(ConnectError::Resolve {
                 host,
@@ -378,17 +379,40 @@ impl Client {
         }
     }
 
-    /// Connects by one attempt. On success the server has proved its key, and has received no `$hello`.
+    /// Connects to one address, `at_once` by both transports if it goes by both. On success the server has proved its
+    /// key, and has received no `$hello`.
     async fn dial(
         &self,
-        attempt: Attempt,
+        address: SocketAddr,
         host: &str,
-    ) -> Result<(Connection, Endpoint), ConnectError> {
-        let Attempt { address, way, .. } = attempt;
-        let dialled = match way {
-            Way::Quic => self.inner.dialer.dial(address, host).await,
-            Way::WebSocket => self.inner.dialer.dial_websocket(address, host).await,
-        };
+        (over, at_once): (TransportChoice, bool),
+    ) -> Result<Reached, Vec<ConnectError>> {
+        let quic = self.dial_quic(address, host);
+        let tcp = |head_start| self.dial_tcp(address, host, head_start);
+        match over {
+            TransportChoice::Quic => quic.await.map_err(|error| vec![error]),
+            TransportChoice::WebSocket => {
+                let reached = tcp(HeadStart::none()).await;
+                reached.map_err(|error| vec![error])
+            }
+            TransportChoice::Auto => beside(at_once, quic, tcp).await.map_err(without_repeat),
+        }
+    }
+
+    async fn dial_quic(&self, address: SocketAddr, host: &str) -> Result<Reached, ConnectError> {
+        let dialled = self.inner.dialer.dial(address, host).await;
+        dialled.map_err(|error| self.dial_error(address, error))
+    }
+
+    async fn dial_tcp(
+        &self,
+        address: SocketAddr,
+        host: &str,
+        head_start: HeadStart,
+    ) -> Result<Reached, ConnectError> {
+        let dialer = &self.inner.dialer;
+        let dialled = dialer.dial_websocket(address, host, head_start.may_speak());
+        let dialled = dialled.await;
         dialled.map_err(|error| self.dial_error(address, error))
     }
 
@@ -495,29 +519,17 @@ impl fmt::Debug for Client {
     }
 }
 
-/// The errors of attempts, without errors of TCP that repeat QUIC's error for the same address, or that only say that
-/// nobody listens.
-fn without_repeats(errors: Vec<(Attempt, ConnectError)>) -> Vec<(Attempt, ConnectError)> {
-    let by_quic: Vec<_> = errors
-        .iter()
-        .filter(|(tried, _)| tried.way == Way::Quic)
-        .map(|(tried, error)| (tried.address, std::mem::discriminant(error)))
-        .collect();
-    let echoes = |tried: &Attempt, error: &ConnectError| {
-        let nobody = matches!(
-            error,
-            ConnectError::Dial { .. } | ConnectError::Unreachable { .. } | ConnectError::Local(_)
-        );
-        let same = std::mem::discriminant(error);
-        let said = |(address, error): &(SocketAddr, _)| {
-            *address == tried.address && (nobody || *error == same)
-        };
-        tried.way == Way::WebSocket && by_quic.iter().any(said)
-    };
-    let errors = errors.into_iter();
-    errors
-        .filter(|(tried, error)| !echoes(tried, error))
-        .collect()
+/// The errors of QUIC and TCP at one address, without that of TCP if it repeats QUIC's, or only says that nobody listens.
+fn without_repeat([quic, tcp]: [ConnectError; 2]) -> Vec<ConnectError> {
+    let nobody = matches!(
+        tcp,
+        ConnectError::Dial { .. } | ConnectError::Unreachable { .. } | ConnectError::Local(_)
+    );
+    let same = std::mem::discriminant(&quic) == std::mem::discriminant(&tcp);
+    match nobody || same {
+        true => vec![quic],
+        false => vec![quic, tcp],
+    }
 }
 
 /// Where to go, and who must be there.
@@ -591,7 +603,8 @@ impl Won {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum TransportChoice {
-    /// QUIC, and 300 ms later a WebSocket as well; the client uses the first whose server has proved its key. If the
+    /// QUIC, and a WebSocket as well if QUIC is not connected soon: TCP connects after 100 ms, and TLS begins on it after
+    /// 250 ms, or as soon as QUIC has failed. The client uses the first whose server has proved its key. If the
     /// WebSocket won, both start at once next time. Each reconnect chooses again: a session continues over TCP when
     /// UDP no longer passes. A socket that reconnects and runs over TCP looks for UDP again, as [`Probes`] says, and
     /// its session goes over to QUIC without loss: as soon as UDP passes and no channel is open that would end with
@@ -1503,9 +1516,10 @@ mod tests {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
             socket.local_addr().unwrap()
         };
-        let attempts = race::in_turn(vec![muted, unbound], None, (TransportChoice::Quic, false));
         let url = ConnectUrl::new("name", 1).unwrap();
-        let reached = client.dial_any(Goal::of(&url), attempts).await;
+        let addresses = vec![muted, unbound];
+        let reached = client.dial_any(Goal::of(&url), addresses, TransportChoice::Quic);
+        let reached = reached.await;
         let error = reached.expect_err("nobody is there");
         let text = format!(
             "no address of name works: no answer from {muted}; cannot dial {unbound}: connection refused"

@@ -330,7 +330,7 @@ async fn a_welcome_that_is_lost_on_the_new_path_stalls_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn where_no_udp_passes_tcp_is_connected_300_ms_later() {
+async fn where_no_udp_passes_tcp_is_connected_less_than_300_ms_later() {
     bounded(async {
         let net = Net::new(2).delay(Duration::from_millis(20));
         net.block_udp(true);

@@ -595,7 +595,7 @@ def connect(
     ``key`` is the fingerprint of the server's public key; without one the platform's CAs decide. A socket comes back by
     itself when its connection is lost, unless ``reconnect`` is ``False``; as a dict it sets ``attempts``, ``patience``,
     ``first``, ``most`` (seconds) and ``first_too``. ``timeouts`` (seconds) and ``limits`` replace single defaults by
-    name. ``transport`` is ``"auto"``: QUIC, and 300 ms later TCP (a WebSocket) as well, for networks that let no UDP pass;
+    name. ``transport`` is ``"auto"``: QUIC, and 250 ms later TCP (a WebSocket) as well, for networks that let no UDP pass;
     each reconnect chooses again. ``"quic"`` and ``"wss"`` take one alone.
 
     Raises :class:`ConnectError`, and :class:`AuthError` when the server refuses or is another one.

@@ -102,21 +102,24 @@ afterEach(() => {
   kept.clear();
 });
 
-test('WebTransport that stands within 300 ms is taken, and no WebSocket is made', async () => {
-  const { how } = dial();
-  await clock.advance(299);
-  quic[0]?.stand();
-  await settle();
-  assert.equal(how(), 'webtransport');
-  await clock.advance(10_000);
-  assert.equal(tcp.length, 0);
-  assert.equal(quic[0]?.closedBy, undefined);
+test('WebTransport that stands within 250 ms is taken, and no WebSocket is made', async () => {
+  for (const after of [0, 149, 151, 249]) {
+    const { how } = dial();
+    await clock.advance(after);
+    quic[0]?.stand();
+    await settle();
+    assert.equal(how(), 'webtransport', `${after} ms`);
+    await clock.advance(10_000);
+    assert.equal(tcp.length, 0, `${after} ms`);
+    assert.equal(quic[0]?.closedBy, undefined);
+  }
 });
 
-test('after 300 ms a WebSocket is tried, too, and the first that stands is taken: the other is closed', async () => {
+test('after 250 ms a WebSocket is tried, too, and the first that stands is taken: the other is closed', async () => {
   const first = dial();
-  await clock.advance(300);
-  await settle();
+  await clock.advance(249);
+  assert.equal(tcp.length, 0);
+  await clock.advance(1);
   assert.deepEqual(tcp.map(({ url, protocol }) => [url, protocol]), [['wss://example.com:2/udpack', 'qmux-02.udpack-1']]);
   tcp[0]?.stand();
   await settle();
@@ -125,8 +128,7 @@ test('after 300 ms a WebSocket is tried, too, and the first that stands is taken
   assert.equal(tcp[0]?.isClosed, false);
 
   const second = dial();
-  await clock.advance(300);
-  await settle();
+  await clock.advance(250);
   quic[0]?.stand();
   await settle();
   assert.equal(second.how(), 'webtransport');
@@ -138,16 +140,18 @@ test('after 300 ms a WebSocket is tried, too, and the first that stands is taken
 });
 
 test('a WebTransport that fails is not waited for; when both fail, both are told of', async () => {
-  const { how, done } = dial();
-  await settle();
-  quic[0]?.fail(new Error('no way'));
-  await settle();
-  assert.equal(tcp.length, 1);
-  tcp[0]?.emit('error');
-  await settle();
-  assert.equal(how(), 'not connected: connection_lost: no way; the WebSocket was not made, or failed');
-  const error = await done.catch((error: unknown) => error);
-  assert.ok(error instanceof ConnectError && error.retry);
+  for (const after of [0, 99, 200]) {
+    const { how, done } = dial();
+    await clock.advance(after);
+    quic[0]?.fail(new Error('no way'));
+    await settle();
+    assert.equal(tcp.length, 1, `${after} ms`);
+    tcp[0]?.emit('error');
+    await settle();
+    assert.equal(how(), 'not connected: connection_lost: no way; the WebSocket was not made, or failed');
+    const error = await done.catch((error: unknown) => error);
+    assert.ok(error instanceof ConnectError && error.retry);
+  }
 });
 
 test('a browser without WebTransport goes to the WebSocket at once', async () => {
@@ -177,8 +181,7 @@ test('one transport alone is taken alone', async () => {
 test('for a day after a WebSocket was first both begin at once; WebTransport that is first ends that', async () => {
   Object.assign(globalThis, { localStorage });
   const first = dial();
-  await clock.advance(300);
-  await settle();
+  await clock.advance(250);
   tcp[0]?.stand();
   await settle();
   assert.equal(first.how(), 'wss');
@@ -205,17 +208,26 @@ test('for a day after a WebSocket was first both begin at once; WebTransport tha
 test('a page that may not keep anything connects as before', async () => {
   Object.defineProperty(globalThis, 'localStorage', { configurable: true, get: () => { throw new Error('denied'); } });
   const { how } = dial();
-  await clock.advance(300);
-  await settle();
+  await clock.advance(250);
   tcp[0]?.stand();
   await settle();
   assert.equal(how(), 'wss');
 });
 
+test('who gives up before the WebSocket makes none', async () => {
+  for (const after of [50, 200]) {
+    const { controller, how } = dial();
+    await clock.advance(after);
+    controller.abort();
+    await settle();
+    assert.notEqual(how(), 'waits');
+    assert.deepEqual([quic[0]?.closedBy, tcp.length], [Code.CANCELLED, 0]);
+  }
+});
+
 test('who gives up leaves nothing behind', async () => {
   const { controller, how } = dial();
-  await clock.advance(300);
-  await settle();
+  await clock.advance(250);
   controller.abort();
   await settle();
   assert.notEqual(how(), 'waits');

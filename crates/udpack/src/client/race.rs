@@ -8,41 +8,14 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 
-use crate::client::TransportChoice;
-
-/// One attempt: an address and a transport.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Attempt {
-    pub(crate) address: SocketAddr,
-    pub(crate) way: Way,
-    /// The time between the start of the previous attempt and of this one. It begins sooner if an attempt fails.
-    pub(crate) pause: Duration,
-}
-
-/// The transport of an attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
-    Quic,
-    WebSocket,
-}
-
 /// How long an attempt is alone before the next one begins: what RFC 8305 recommends.
-const PAUSE: Duration = Duration::from_millis(250);
+pub(super) const PAUSE: Duration = Duration::from_millis(250);
 /// Most addresses of one name that are tried. Each costs a socket until the race is over.
 const MOST: usize = 32;
 
-/// How much later than QUIC a WebSocket is tried: enough for a handshake over most paths.
-pub(super) const LATER: Duration = Duration::from_millis(300);
-
-/// Attempts at these addresses: `last`, where it is one of them, before the others, which stay in the order of the
-/// resolver; then IPv6 and IPv4 take turns, so that one family without a route does not delay the other. If both
-/// transports are tried, each address is tried with both; `websocket` says that the WebSocket won before and starts
-/// without a delay.
-pub(crate) fn in_turn(
-    addresses: Vec<SocketAddr>,
-    last: Option<SocketAddr>,
-    (over, websocket): (TransportChoice, bool),
-) -> Vec<Attempt> {
+/// The order in which these addresses are tried: `last`, where it is one of them, before the others, which stay in the
+/// order of the resolver; then IPv6 and IPv4 take turns, so that one family without a route does not delay the other.
+pub(crate) fn in_turn(addresses: Vec<SocketAddr>, last: Option<SocketAddr>) -> Vec<SocketAddr> {
     let mut sorted = addresses;
     // Stable: the others keep their order.
     sorted.sort_by_key(|address| Some(*address) != last);
@@ -59,64 +32,37 @@ pub(crate) fn in_turn(
             order.push(address);
         }
     }
-    let later = match websocket {
-        true => Duration::ZERO,
-        false => LATER,
-    };
-    let ways: &[(Way, Duration)] = match over {
-        TransportChoice::Quic => &[(Way::Quic, Duration::ZERO)],
-        TransportChoice::WebSocket => &[(Way::WebSocket, Duration::ZERO)],
-        TransportChoice::Auto => &[(Way::Quic, Duration::ZERO), (Way::WebSocket, later)],
-    };
-    let mut begins: Vec<_> = order
-        .into_iter()
-        .zip(0..)
-        .flat_map(|(address, turn)| {
-            ways.iter()
-                .map(move |(way, later)| (PAUSE * turn + *later, address, *way))
-        })
-        .collect();
-    begins.sort_by_key(|(at, ..)| *at);
-    let mut before = Duration::ZERO;
-    begins
-        .into_iter()
-        .map(|(at, address, way)| Attempt {
-            address,
-            way,
-            pause: at - std::mem::replace(&mut before, at),
-        })
-        .collect()
+    order
 }
 
-/// Makes attempts until one succeeds, then drops the others. If none succeeds, returns each attempt with its error,
-/// in the order in which they began.
+/// Tries the addresses until one succeeds, then drops the other attempts. If none succeeds, returns each address with
+/// its error, in the order in which they were tried.
 ///
 /// # Cancel safety
 /// A dropped future drops all attempts.
 pub(crate) async fn race<T, E, F: Future<Output = Result<T, E>>>(
-    attempts: Vec<Attempt>,
-    make: impl Fn(Attempt) -> F,
-) -> Result<T, Vec<(Attempt, E)>> {
-    let mut waiting = attempts.into_iter().enumerate().peekable();
+    addresses: Vec<SocketAddr>,
+    attempt: impl Fn(SocketAddr) -> F,
+) -> Result<T, Vec<(SocketAddr, E)>> {
+    let mut waiting = addresses.into_iter().enumerate().peekable();
     let mut running = FuturesUnordered::new();
-    let mut failed: Vec<(usize, Attempt, E)> = Vec::new();
+    let mut failed: Vec<(usize, SocketAddr, E)> = Vec::new();
     let mut due = Instant::now();
     loop {
         // Without a timer if there is nothing to wait for, because a timer takes a millisecond.
         while Instant::now() >= due
-            && let Some((at, attempt)) = waiting.next()
+            && let Some((at, address)) = waiting.next()
         {
-            let made = make(attempt);
-            running.push(async move { (at, attempt, made.await) });
-            let pause = waiting.peek().map(|(_, next)| next.pause);
-            due = Instant::now() + pause.unwrap_or_default();
+            let made = attempt(address);
+            running.push(async move { (at, address, made.await) });
+            due = Instant::now() + PAUSE;
         }
         tokio::select! {
             biased;
-            Some((at, attempt, ended)) = running.next() => match ended {
+            Some((at, address, ended)) = running.next() => match ended {
                 Ok(won) => return Ok(won),
                 Err(error) => {
-                    failed.push((at, attempt, error));
+                    failed.push((at, address, error));
                     due = Instant::now();
                 }
             },
@@ -126,7 +72,7 @@ pub(crate) async fn race<T, E, F: Future<Output = Result<T, E>>>(
     }
     failed.sort_by_key(|(at, ..)| *at);
     let failed = failed.into_iter();
-    Err(failed.map(|(_, attempt, error)| (attempt, error)).collect())
+    Err(failed.map(|(_, address, error)| (address, error)).collect())
 }
 
 #[cfg(test)]
@@ -144,11 +90,8 @@ mod tests {
 
     fn order(texts: &[&str], last: Option<&str>) -> Vec<String> {
         let last = last.map(|text| text.parse().unwrap());
-        let attempts = in_turn(addresses(texts), last, (TransportChoice::Quic, false));
-        attempts
-            .iter()
-            .map(|attempt| attempt.address.to_string())
-            .collect()
+        let order = in_turn(addresses(texts), last);
+        order.iter().map(SocketAddr::to_string).collect()
     }
 
     #[test]
@@ -162,39 +105,6 @@ mod tests {
     }
 
     #[test]
-    fn a_websocket_is_tried_at_each_address_300_ms_behind_quic_or_at_once_where_it_won_before() {
-        let [a, b, _] = V4;
-        for (websocket, expected) in [
-            (
-                false,
-                [
-                    (a, Way::Quic, 0),
-                    (b, Way::Quic, 250),
-                    (a, Way::WebSocket, 50),
-                    (b, Way::WebSocket, 250),
-                ],
-            ),
-            (
-                true,
-                [
-                    (a, Way::Quic, 0),
-                    (a, Way::WebSocket, 0),
-                    (b, Way::Quic, 250),
-                    (b, Way::WebSocket, 0),
-                ],
-            ),
-        ] {
-            let attempts = in_turn(addresses(&[a, b]), None, (TransportChoice::Auto, websocket));
-            let attempts: Vec<_> = attempts
-                .iter()
-                .map(|one| (one.address.to_string(), one.way, one.pause.as_millis()))
-                .collect();
-            let expected = expected.map(|(address, way, pause)| (address.to_owned(), way, pause));
-            assert_eq!(attempts, expected);
-        }
-    }
-
-    #[test]
     fn what_worked_last_comes_first() {
         let ([a, b, c], [x, y, _]) = (V4, V6);
         assert_eq!(order(&[x, y, a, b], Some(b)), [b, x, a, y]);
@@ -204,10 +114,7 @@ mod tests {
     #[test]
     fn a_name_with_very_many_addresses_is_not_tried_at_all_of_them() {
         let many = (0..4000).map(|n| SocketAddr::from(([10, 1, (n >> 8) as u8, n as u8], 1)));
-        assert_eq!(
-            in_turn(many.collect(), None, (TransportChoice::Quic, false)).len(),
-            MOST
-        );
+        assert_eq!(in_turn(many.collect(), None).len(), MOST);
     }
 
     /// Runs a race among as many addresses as there are outcomes (when it ends, and whether it wins), and says who won and
@@ -215,25 +122,21 @@ mod tests {
     async fn run(outcomes: &[(u64, bool)]) -> (Result<usize, Vec<usize>>, Vec<u64>) {
         let begun = Instant::now();
         let starts = Mutex::new(Vec::new());
-        let attempts = (0..outcomes.len()).map(|n| SocketAddr::from(([10, 0, 0, 1], n as u16)));
-        let outcome = race(
-            in_turn(attempts.collect(), None, (TransportChoice::Quic, false)),
-            |attempt| {
-                let number = usize::from(attempt.address.port());
-                let (takes, wins) = outcomes[number];
-                starts
-                    .lock()
-                    .unwrap()
-                    .push(begun.elapsed().as_millis() as u64);
-                async move {
-                    tokio::time::sleep(Duration::from_millis(takes)).await;
-                    if wins { Ok(number) } else { Err(number) }
-                }
-            },
-        );
+        let addresses = (0..outcomes.len()).map(|n| SocketAddr::from(([10, 0, 0, 1], n as u16)));
+        let outcome = race(addresses.collect(), |address| {
+            let number = usize::from(address.port());
+            let (takes, wins) = outcomes[number];
+            let now = begun.elapsed().as_millis() as u64;
+            starts.lock().unwrap().push(now);
+            async move {
+                tokio::time::sleep(Duration::from_millis(takes)).await;
+                if wins { Ok(number) } else { Err(number) }
+            }
+        });
         let outcome = tokio::time::timeout(Duration::from_secs(600), outcome).await;
         let outcome = outcome.expect("a race ends");
-        let errors = |errors: Vec<(Attempt, usize)>| errors.into_iter().map(|(_, n)| n).collect();
+        let errors =
+            |errors: Vec<(SocketAddr, usize)>| errors.into_iter().map(|(_, n)| n).collect();
         (outcome.map_err(errors), starts.into_inner().unwrap())
     }
 

@@ -131,12 +131,12 @@ async fn look(
         return None;
     }
     let found = client.inner.dialer.lookup(at.host(), at.port()).await;
-    let attempts = race::in_turn(found.ok()?, Some(last), (TransportChoice::Quic, false));
+    let order = race::in_turn(found.ok()?, Some(last));
     let goal = Goal {
         name: &name,
         at: &at,
     };
-    let reached = client.dial_any(goal, attempts).await;
+    let reached = client.dial_any(goal, order, TransportChoice::Quic).await;
     if let Err(error) = &reached {
         tracing::debug!(%error, "UDP does not pass yet");
     }

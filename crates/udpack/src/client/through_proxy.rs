@@ -2,9 +2,9 @@
 //! long or fail where only the proxy can resolve names.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
 
-use crate::client::race::{self, Attempt, LATER, Way};
+use crate::client::beside::{HeadStart, beside};
+use crate::client::race;
 use crate::client::{Client, ConnectError, Goal, TransportChoice};
 use crate::session::driver::Reached;
 use crate::transport::proxy::Proxy;
@@ -19,41 +19,32 @@ impl Client {
         last: Option<SocketAddr>,
         proxy: &Proxy,
     ) -> Result<Reached, ConnectError> {
+        if self.over != TransportChoice::Auto {
+            return self.dial_through(goal, proxy, HeadStart::none()).await;
+        }
         let url = goal.at;
-        let begin = |way, pause| Attempt {
-            // Neither has one yet.
-            address: unknown(proxy),
-            way,
-            pause,
+        let quic = async {
+            let found = self.lookup(url).await?;
+            let order = race::in_turn(found, last);
+            self.dial_any(goal, order, TransportChoice::Quic).await
         };
-        let both = self.over == TransportChoice::Auto;
-        let waits = both && !self.inner.won.was_websocket(url);
-        let later = if waits { LATER } else { Duration::ZERO };
-        let direct = both.then(|| begin(Way::Quic, Duration::ZERO));
-        let attempts = direct.into_iter().chain([begin(Way::WebSocket, later)]);
-        let raced = race::race(attempts.collect(), |attempt| async move {
-            match attempt.way {
-                Way::Quic => {
-                    let found = self.lookup(url).await?;
-                    let over = (TransportChoice::Quic, false);
-                    self.dial_any(goal, race::in_turn(found, last, over)).await
-                }
-                Way::WebSocket => self.dial_through(goal, proxy).await,
-            }
+        let reached = beside(self.inner.won.was_websocket(url), quic, |head_start| {
+            self.dial_through(goal, proxy, head_start)
         });
-        raced.await.map_err(|errors| without_lookup(url, errors))
+        let reached = reached.await;
+        reached.map_err(|errors| without_lookup(url, unknown(proxy), errors))
     }
 
     pub(super) async fn dial_through(
         &self,
         Goal { name, at }: Goal<'_>,
         proxy: &Proxy,
+        head_start: HeadStart,
     ) -> Result<Reached, ConnectError> {
         let server = (at.host(), at.port());
-        let dialled = self
-            .inner
-            .dialer
-            .dial_through(proxy, server, name.server_name());
+        let dialer = &self.inner.dialer;
+        let name = name.server_name();
+        let dialled = dialer.dial_through(proxy, server, name, head_start.may_speak());
         let dialled = dialled.await;
         dialled.map_err(|(address, error)| {
             self.dial_error(address.unwrap_or_else(|| unknown(proxy)), error)
@@ -66,15 +57,15 @@ fn unknown(proxy: &Proxy) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::UNSPECIFIED, proxy.port()))
 }
 
-/// Why neither way leads to the server. That its name is not known here is no fault where the proxy resolves it.
-fn without_lookup(url: &ConnectUrl, tried: Vec<(Attempt, ConnectError)>) -> ConnectError {
+/// Why neither way leads to the server; `unknown` is in place of an address. That its name is not known here is no fault where the
+/// proxy resolves it.
+fn without_lookup(url: &ConnectUrl, unknown: SocketAddr, tried: [ConnectError; 2]) -> ConnectError {
     let mut errors = Vec::new();
-    let several = tried.len() > 1;
-    for (attempt, error) in tried {
+    for error in tried {
         match error {
-            ConnectError::Resolve { .. } if several => {}
+            ConnectError::Resolve { .. } => {}
             ConnectError::EachAddress { errors: each, .. } => errors.extend(each),
-            error => errors.push((attempt.address, error)),
+            error => errors.push((unknown, error)),
         }
     }
     let host = url.host().to_owned();

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::base::lock;
 use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
@@ -182,7 +182,7 @@ impl Dialer {
         }
     }
 
-    /// Connects to this address of the server `host` over TCP.
+    /// Connects to this address of the server `host` over TCP. TLS begins no sooner than `hold` has ended.
     ///
     /// # Cancel safety
     /// A dropped future gives the connection up.
@@ -190,11 +190,14 @@ impl Dialer {
         &self,
         address: SocketAddr,
         host: &str,
+        hold: impl Future<Output = ()>,
     ) -> Result<(Connection, Endpoint), DialError> {
         let conn = match &self.via {
-            Via::System => self.way().dial(address, host).await?,
+            Via::System => self.way().dial(address, host, hold).await?,
             #[cfg(feature = "testing")]
             Via::Net(net) => {
+                // This network has no TLS, and its servers hear of a connection as soon as it is there.
+                hold.await;
                 let (stream, local) = net.connect(address).await.map_err(DialError::Local)?;
                 let socket = mux::upgraded(stream, mux::Side::Client).await;
                 let ends = mux::Ends {
@@ -208,8 +211,8 @@ impl Dialer {
         Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn)))
     }
 
-    /// Connects to the server `host`, which is called `name`, over TCP and through a proxy. An error comes with the proxy's address,
-    /// as far as that is known.
+    /// Connects to the server `host`, which is called `name`, over TCP and through a proxy. TLS begins no sooner than `hold` has
+    /// ended. An error comes with the proxy's address, as far as that is known.
     ///
     /// # Cancel safety
     /// A dropped future gives the connection up.
@@ -218,6 +221,7 @@ impl Dialer {
         proxy: &Proxy,
         (host, port): (&str, u16),
         name: &str,
+        hold: impl Future<Output = ()>,
     ) -> Result<(Connection, Endpoint), (Option<SocketAddr>, DialError)> {
         let silent = |text: &str| DialError::Proxy {
             text: text.to_owned(),
@@ -226,14 +230,26 @@ impl Dialer {
         let found = self.lookup(proxy.host(), proxy.port()).await;
         let found = found.map_err(|_| (None, silent("its name cannot be resolved")))?;
         let way = self.way();
+        let deadline = Instant::now() + self.timeouts.handshake;
         let mut last = (None, silent("its name has no address"));
         for address in found {
-            match way.dial_through(proxy, address, (host, port), name).await {
-                Ok(conn) => return Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn))),
+            let led = way.lead(proxy, address, (host, port), deadline).await;
+            let stream = match led {
+                Ok(stream) => stream,
                 // The next address is the same proxy, where this one leads to none.
-                Err((error, false)) => last = (Some(address), error),
+                Err((error, false)) => {
+                    last = (Some(address), error);
+                    continue;
+                }
                 Err((error, true)) => return Err((Some(address), error)),
-            }
+            };
+            let held = Instant::now();
+            hold.await;
+            let deadline = deadline + held.elapsed();
+            let rest = timeout_at(deadline, way.over(stream, address, name, port)).await;
+            let rest = rest.map_err(|_| silent("nothing comes from the server through it"));
+            let conn = rest.flatten().map_err(|error| (Some(address), error))?;
+            return Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn)));
         }
         Err(last)
     }

@@ -8,7 +8,7 @@ use rustls::pki_types::ServerName;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_tungstenite::tungstenite::client::ClientRequestBuilder;
 use tokio_tungstenite::tungstenite::http::Uri;
@@ -52,7 +52,7 @@ pub(super) struct Way<'a> {
 }
 
 impl Way<'_> {
-    /// Connects to this address of the server `host`.
+    /// Connects to this address of the server `host`. TLS begins no sooner than `hold` has ended.
     ///
     /// # Cancel safety
     /// A dropped future gives the connection up.
@@ -60,37 +60,35 @@ impl Way<'_> {
         &self,
         address: SocketAddr,
         host: &str,
+        hold: impl Future<Output = ()>,
     ) -> Result<mux::Connection, DialError> {
         let begun = Instant::now();
         let limit = self.timeouts.handshake;
         let stream = timeout_at(begun + limit, self.tcp(address));
         let stream = stream.await.map_err(|_| DialError::Silent)??;
+        let trip = begun.elapsed();
+        hold.await;
         // Extended by the measured round trip.
-        let limit = limit + trips(begun.elapsed());
-        let rest = timeout_at(
-            begun + limit,
-            self.over(stream, address, host, address.port()),
-        );
+        let limit = limit.saturating_sub(trip) + trips(trip);
+        let rest = timeout(limit, self.over(stream, address, host, address.port()));
         rest.await.map_err(|_| DialError::Silent)?
     }
 
-    /// Connects to the server `host`, which is called `name`, through the proxy at this address. An error comes with whether the proxy
-    /// was there.
+    /// Has the proxy at this address lead to the server `host`. An error comes with whether the proxy was there.
     ///
     /// # Cancel safety
     /// A dropped future gives the connection up.
-    pub(super) async fn dial_through(
+    pub(super) async fn lead(
         &self,
         proxy: &Proxy,
         address: SocketAddr,
-        (host, port): (&str, u16),
-        name: &str,
-    ) -> Result<mux::Connection, (DialError, bool)> {
+        server: (&str, u16),
+        deadline: Instant,
+    ) -> Result<TcpStream, (DialError, bool)> {
         let of_proxy = |text: &str| DialError::Proxy {
             text: text.to_owned(),
             retry: true,
         };
-        let deadline = Instant::now() + self.timeouts.handshake;
         let connected = timeout_at(deadline, self.tcp(address)).await;
         let mut stream = match connected {
             Ok(Ok(stream)) => stream,
@@ -98,13 +96,11 @@ impl Way<'_> {
             Ok(Err(error)) => return Err((error, false)),
             Err(_) => return Err((of_proxy("it cannot be reached in time"), false)),
         };
-        let led = timeout_at(deadline, proxy.connect(&mut stream, (host, port))).await;
-        led.map_err(|_| (of_proxy("it gives no answer in time"), true))?
-            .map_err(|error| (error, true))?;
-        let rest = timeout_at(deadline, self.over(stream, address, name, port)).await;
-        match rest {
-            Ok(done) => done.map_err(|error| (error, true)),
-            Err(_) => Err((of_proxy("nothing comes from the server through it"), true)),
+        let led = timeout_at(deadline, proxy.connect(&mut stream, server)).await;
+        match led {
+            Ok(Ok(())) => Ok(stream),
+            Ok(Err(error)) => Err((error, true)),
+            Err(_) => Err((of_proxy("it gives no answer in time"), true)),
         }
     }
 
@@ -128,7 +124,8 @@ impl Way<'_> {
         Ok(stream)
     }
 
-    async fn over(
+    /// Begins TLS and a WebSocket over this stream, which leads to the server `host`.
+    pub(super) async fn over(
         &self,
         stream: TcpStream,
         address: SocketAddr,
@@ -203,7 +200,7 @@ where
 {
     let tasks = TaskTracker::new();
     let conn = mux::Connection::begin(socket, Side::Client, ends, (limits, timeouts), &tasks);
-    let begun = tokio::time::timeout(timeouts.handshake, conn.begun()).await;
+    let begun = timeout(timeouts.handshake, conn.begun()).await;
     match begun {
         Ok(Ok(())) => Ok(conn),
         Ok(Err(error)) => Err(DialError::Handshake(error)),

@@ -100,8 +100,9 @@ fn unreachable(report: &Report) -> Verdict {
         } else {
             "UDP is blocked on the way"
         };
-        let cause =
-            format!("{why}: sessions go over TCP, port {port}, and connecting takes 300 ms longer");
+        let cause = format!(
+            "{why}: sessions go over TCP, port {port}, and connecting takes up to 0.3 s longer"
+        );
         return session(report).unwrap_or_else(|| works("no_udp", cause));
     }
     if let Some(at) = all.iter().find(|at| at.udp == Reach::Refused) {

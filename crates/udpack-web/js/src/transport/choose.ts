@@ -8,7 +8,7 @@ import { type Connection, ConnectionEnd, StreamEnd } from './transport.js';
 import { dialWebTransport } from './webtransport.js';
 
 /**
- * `auto` begins with WebTransport and tries a WebSocket 300 ms later, or as soon as WebTransport has failed; the first that stands is taken.
+ * `auto` begins with WebTransport and tries a WebSocket 250 ms later, or as soon as WebTransport has failed; the first that stands is taken.
  * For a day after a WebSocket was first, both begin at once.
  */
 export type Transport = 'auto' | 'webtransport' | 'wss';
@@ -35,7 +35,9 @@ export interface Choice {
   readonly kept: Kept;
 }
 
-const HEAD_START_MS = 300;
+/** After this the WebSocket is made; what makes it is loaded before, which takes a round trip. */
+const HEAD_START_MS = 250;
+const LOAD_MS = 150;
 const DAY_MS = 86_400_000;
 
 /** What a page has, and a Worker has not. */
@@ -62,15 +64,19 @@ export async function dialFirst(find: (signal: AbortSignal) => Endpoint | Promis
   signal.addEventListener('abort', abort);
   try {
     let first: Promise<Connection> | undefined;
+    let from = 0;
     if (transport !== 'wss') {
       first = dialWebTransport(url, other.signal, { clock, hashes });
       if (transport === 'webtransport') {
         return await first;
       }
-      const stands = wasSocket(key) ? undefined : await within(clock, HEAD_START_MS, first, () => undefined).catch(() => {});
-      if (stands) {
-        kept.probes?.lasts(stands, clock);
-        return stands;
+      if (!wasSocket(key)) {
+        from = clock.now() + HEAD_START_MS;
+        const stands = await within(clock, LOAD_MS, first, () => undefined).catch(() => {});
+        if (stands) {
+          kept.probes?.lasts(stands, clock);
+          return stands;
+        }
       }
     }
     let mux: typeof import('./mux/index.js');
@@ -88,7 +94,7 @@ export async function dialFirst(find: (signal: AbortSignal) => Endpoint | Promis
       const { url, hashes } = await find(until);
       return dialWebTransport(url, until, { clock, hashes });
     };
-    return await mux.race(first, { ...choice, url: socketUrl, classes, key, back: typeof WebTransport === 'undefined' ? undefined : back }, other.signal);
+    return await mux.race(first, { ...choice, url: socketUrl, from, classes, key, back: typeof WebTransport === 'undefined' ? undefined : back }, other.signal);
   } finally {
     // What has not stood by now is given up unseen.
     signal.removeEventListener('abort', abort);

@@ -1,5 +1,6 @@
 /** The bundle `mux.js`: what a client needs where the network lets no UDP pass. It is loaded when it is needed. */
 
+import { within } from '../../base/async.js';
 import { type ConnectError } from '../../base/errors.js';
 import { type CloseReason } from '../../wire/codes.js';
 import { type Connection } from '../transport.js';
@@ -11,6 +12,8 @@ export type MakeSocket = new (url: string, protocol: string) => Socket;
 
 export interface Way extends WayBack {
   readonly url: string;
+  /** The time from when on a WebSocket may be made. */
+  readonly from: number;
   readonly make: MakeSocket | undefined;
   /** What a client keeps from one connection to the next. */
   readonly kept: Kept;
@@ -50,14 +53,13 @@ export async function dialWebSocket(way: MuxSettings & Pick<Way, 'url' | 'make'>
 }
 
 /**
- * The first connection that stands: `first`, if there is one, or a WebSocket. Rejects with `ConnectError` when there is neither,
- * and tells of both. `signal` gives the WebSocket up.
+ * The first connection that stands: `first`, if there is one, or a WebSocket, which is made when its time has come or `first` has
+ * failed. Rejects with `ConnectError` when there is neither, and tells of both. `signal` gives the WebSocket up.
  */
 export async function race(first: Promise<Connection> | undefined, way: Way, signal: AbortSignal): Promise<Connection> {
   const { CloseReason, Code, ConnectError } = way.classes;
-  const socket = dialWebSocket(way, signal);
   if (!first) {
-    return socket;
+    return dialWebSocket(way, signal);
   }
   const probes = (way.kept.probes ??= new Probes());
   let won: Connection | undefined;
@@ -74,6 +76,12 @@ export async function race(first: Promise<Connection> | undefined, way: Way, sig
     }
   };
   first.then(take, () => {});
+  const wait = way.from - way.clock.now();
+  await (wait > 0 ? within<unknown>(way.clock, wait, first, () => {}).catch(() => {}) : undefined);
+  if (won || signal.aborted) {
+    return first;
+  }
+  const socket = dialWebSocket(way, signal);
   socket.then(take, () => {});
   try {
     return await Promise.any([first, socket]);
