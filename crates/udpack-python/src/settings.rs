@@ -37,8 +37,8 @@ pub(crate) fn limits(dict: Option<&Bound<'_, PyDict>>) -> PyResult<Limits> {
     let mut limits = Limits::default();
     if let Some(dict) = dict {
         by_name!(limits, dict, "limit", value => value.extract()?, [
-            frame, channels, sockets, sockets_per_address, handshakes, retry_from, channel_rate, outbound_bytes,
-            outbound_messages, replay_bytes, replay_messages, resume_bytes, detached_sockets, backlog_messages,
+            frame, channels, sockets, sockets_per_address, handshakes, handshake_rate, retry_from, channel_rate,
+            outbound_bytes, outbound_messages, replay_bytes, replay_messages, resume_bytes, detached_sockets, backlog_messages,
             backlog_bytes, rooms, rooms_per_channel, history_bytes, stream_window, connection_window, send_window, receive_budget,
             auth_failures, volatile_keys, volatile_bytes, socket_buffer,
         ]);

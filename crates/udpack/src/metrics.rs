@@ -89,6 +89,7 @@ metrics! {
         Admitted admitted counter "udpack_sockets_admitted_total" "Sockets that were let in.";
         HandshakesFailed handshakes_failed counter "udpack_handshakes_failed_total" "Handshakes that failed or took too long.";
         Retries retries counter "udpack_handshake_retries_total" "Connections that had to prove their address first.";
+        HandshakesPaced handshakes_paced counter "udpack_handshakes_paced_total" "Handshakes that had to wait because others of their address led to no session.";
         TokensSlowed tokens_slowed counter "udpack_tokens_slowed_total" "Tokens that had to wait because of wrong ones from their address.";
         ChannelsOpened channels_opened counter "udpack_channels_opened_total" "Channels that this side opened.";
         ChannelsAccepted channels_accepted counter "udpack_channels_accepted_total" "Channels that the peer opened, refused ones included.";

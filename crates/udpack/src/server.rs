@@ -1,6 +1,7 @@
 //! [`Server`]: one UDP port, one identity, many sockets.
 
 mod admission;
+mod pace;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,6 +23,7 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use self::admission::{FAREWELLS, accept_loop, handshake_shares, socket_shares};
+use self::pace::Pace;
 use crate::base::LogLimit;
 use crate::base::lock;
 use crate::base::pool::{Pool, Shares};
@@ -101,6 +103,7 @@ struct Shared {
     counts: Arc<Counts>,
     sockets: Roster,
     places: Places,
+    pace: Pace,
     log_limit: LogLimit,
     draining: AtomicBool,
     tasks: TaskTracker,
@@ -691,6 +694,7 @@ impl ServerBuilder {
             windows: pool,
         };
         let shared = Arc::new(Shared {
+            pace: Pace::new(limits.handshake_rate),
             listener,
             fingerprint: identity.fingerprint(),
             certificates,

@@ -12,6 +12,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bare::Bare;
@@ -123,6 +124,9 @@ fn hogs() -> Vec<Hog> {
         hog("handshakes of proved addresses", many_sockets(0), |site| {
             Box::pin(silent(site))
         }),
+        hog("handshakes begun and left", Limits::default(), |site| {
+            Box::pin(leaving(site))
+        }),
         hog("sockets of an address", Limits::default(), |site| {
             Box::pin(sockets(site))
         }),
@@ -162,6 +166,46 @@ async fn silent(site: &Site) -> Held {
     }
     assert_eq!(site.server.metrics().knocks_refused["busy"], 1);
     Box::new((endpoint, held))
+}
+
+/// Shakes hands and leaves, over and over, until that is slowed; goes on with it.
+async fn leaving(site: &Site) -> Held {
+    let leaving = Leaving::begin(site);
+    while site.server.metrics().handshakes_paced == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Box::new(leaving)
+}
+
+/// Eight at one address that shake hands and leave, over and over.
+struct Leaving {
+    _tasks: tokio::task::JoinSet<()>,
+    /// How often they did.
+    times: Arc<AtomicU64>,
+}
+
+impl Leaving {
+    fn begin(site: &Site) -> Self {
+        let endpoint = site.net.bare().expect("an address");
+        let address = site.server.local_addr();
+        let times = Arc::<AtomicU64>::default();
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (endpoint, times) = (endpoint.clone(), times.clone());
+            tasks.spawn(async move {
+                loop {
+                    let config = bare::quic(bare::tls(&[b"udpack/1"]), 64 << 10);
+                    let bare = Bare::dial(&endpoint, address, config).await;
+                    bare.expect("its turn comes").conn.close(0_u32.into(), b"");
+                    times.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        Self {
+            _tasks: tasks,
+            times,
+        }
+    }
 }
 
 async fn sockets(site: &Site) -> Held {
@@ -335,6 +379,39 @@ async fn a_session_comes_back_past_those_who_guess_beside_it() {
         assert_eq!(echoed.expect("answered"), 2);
         assert_eq!(site.server.metrics().resumed, 1);
         guessers.shutdown().await;
+    };
+    let within = Duration::from_secs(600);
+    tokio::time::timeout(within, all).await.expect("in time");
+}
+
+/// A flood of handshakes costs the server as many a second as its limit says. Those that lead to sessions do not count.
+#[tokio::test(start_paused = true)]
+async fn handshakes_that_lead_nowhere_are_slowed_and_those_of_sessions_are_not() {
+    let all = async {
+        let site = Site::new(Limits {
+            handshake_rate: 2,
+            ..Limits::default()
+        })
+        .await;
+        let address = site.server.local_addr().to_string();
+        let client = site.hostile().build().expect("sound");
+        // Four times as many as one address may begin at once.
+        for _ in 0..4 {
+            let all = (0..16).map(|_| client.connect(&address));
+            for socket in futures_util::future::join_all(all).await {
+                socket.expect("let in").close(CloseCode::NORMAL, "").await;
+            }
+        }
+        assert_eq!(site.server.metrics().handshakes_paced, 0);
+        let leaving = Leaving::begin(&site);
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        let before = leaving.times.load(Ordering::Relaxed);
+        assert!(before < 16 + 8 + 60 + 8, "{before} in 30 s");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let during = leaving.times.load(Ordering::Relaxed) - before;
+        assert!((112..=128).contains(&during), "{during} in 60 s");
+        site.others_live("a flood").await;
+        assert!(site.server.metrics().handshakes_paced > 100);
     };
     let within = Duration::from_secs(600);
     tokio::time::timeout(within, all).await.expect("in time");

@@ -113,6 +113,7 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
         sockets: sockets => "server_busy", "all 1 sockets are in use", 1;
         sockets_per_address: sockets_per_address => "server_busy", "1 sockets of this address are in use", 1;
         handshakes: handshakes => "server_busy", "all 1 handshakes are in use; try again in a few seconds", 1;
+        handshake_rate: handshake_rate => "waits", "1s", 1;
         retry_from: retry_from => "proved its address", "", 1;
         channel_rate: channel_rate => "rate_limited", "more than 2 channels a second", 1;
         outbound_bytes: outbound_bytes => "full", "10000 bytes", 1;
@@ -401,6 +402,30 @@ async fn handshakes() -> Seen {
     let reason = denied(net.connect(testing::client(&server), &server).await);
     Seen::closed(&reason, move || {
         word(&server.metrics().knocks_refused, "busy")
+    })
+}
+
+async fn handshake_rate() -> Seen {
+    let (net, server) = serve(Limits {
+        handshake_rate: 1,
+        ..Limits::default()
+    })
+    .await;
+    let endpoint = net.bare().expect("an address");
+    let address = server.local_addr();
+    let begun = Instant::now();
+    // A burst of eight times as many, and one more.
+    for _ in 0..9 {
+        let config = bare::quic(bare::tls(&[b"udpack/1"]), 1 << 20);
+        let bare = Bare::dial(&endpoint, address, config).await;
+        let conn = bare.expect("a sound handshake").conn;
+        conn.close(0_u32.into(), b"");
+        // The server has counted it by then.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let waited = begun.elapsed().as_secs();
+    Seen::new("waits", format!("{waited}s"), move || {
+        server.metrics().handshakes_paced
     })
 }
 

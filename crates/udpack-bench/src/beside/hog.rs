@@ -63,7 +63,12 @@ pub(super) const ROWS: &[Row] = &[
     row!("handshakes", handshakes, false, |site| {
         let metrics = site.server.metrics();
         let times = |refused: Option<&u64>| refused.copied().unwrap_or(0);
-        times(metrics.knocks_refused.get("busy")) + times(metrics.refused.get("server_busy")) > 0
+        let refused =
+            times(metrics.knocks_refused.get("busy")) + times(metrics.refused.get("server_busy"));
+        refused > 0 && metrics.handshakes_paced > 0
+    }),
+    row!("handshakes begun and left", leaves, false, |site| {
+        site.server.metrics().handshakes_paced > 0
     }),
     row!("wrong tokens", guesses, false, |site| {
         site.server.metrics().tokens_slowed > 0
@@ -165,6 +170,24 @@ async fn handshakes(reach: Reach) -> anyhow::Result<Taken> {
             }
         }
     });
+    Ok(Box::new(tasks))
+}
+
+/// Shakes hands and leaves, over and over.
+async fn leaves(reach: Reach) -> anyhow::Result<Taken> {
+    let endpoint = endpoint()?;
+    let mut tasks = JoinSet::new();
+    for _ in 0..8 {
+        let endpoint = endpoint.clone();
+        tasks.spawn(async move {
+            loop {
+                match reach.dial(&endpoint).await {
+                    Ok(bare) => bare.conn.close(0_u32.into(), b""),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+            }
+        });
+    }
     Ok(Box::new(tasks))
 }
 

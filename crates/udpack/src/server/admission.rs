@@ -54,7 +54,9 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
         };
         let address = incoming.remote_address();
         let proved = incoming.is_proved();
-        let must_prove = !proved && shared.places.handshakes.used() >= shared.limits.retry_from;
+        let must_prove = !proved
+            && (shared.places.handshakes.used() >= shared.limits.retry_from
+                || shared.pace.is_slow(address.ip(), Instant::now()));
         let tenant = match proved {
             true => Tenant::address(address.ip()),
             false => Tenant::unproved(),
@@ -177,7 +179,8 @@ async fn admit_connection(
     incoming: Incoming,
     handshake: pool::Place,
 ) -> Option<Entered> {
-    let conn = complete_handshake(&shared, incoming).await?;
+    let address = incoming.remote_address().ip();
+    let conn = paced_handshake(&shared, incoming).await?;
     let session = Session::new(
         conn.clone(),
         false,
@@ -201,7 +204,15 @@ async fn admit_connection(
             never = crate::session::volatile::discard(&conn) => match never {},
         }
     };
-    let control = match admission.await {
+    let admitted = admission.await;
+    // Where a session is, is told only to those whose token was accepted.
+    let accepted = admitted
+        .as_ref()
+        .map_or_else(|reason| reason.code == CloseCode::ELSEWHERE, |_| true);
+    if accepted {
+        shared.pace.forgive(address, Instant::now());
+    }
+    let control = match admitted {
         Ok(Admitted::New(control)) => control,
         Ok(Admitted::Back(control, kept, next_connections)) => {
             hand_over(conn, control, &kept, next_connections);
@@ -252,6 +263,29 @@ async fn admit_connection(
         place,
         key,
     })
+}
+
+/// Completes the handshake when its address has a turn. A handshake whose address is not validated, and may be forged,
+/// has no turn, and counts against the address that it validates. Returns `None` if no connection came of it.
+async fn paced_handshake(shared: &Shared, incoming: Incoming) -> Option<Connection> {
+    let address = incoming.remote_address().ip();
+    let longest = shared.timeouts.handshake;
+    if !incoming.is_proved() {
+        let conn = complete_handshake(shared, incoming).await?;
+        let _ = shared.pace.turn(address, Instant::now(), longest);
+        return Some(conn);
+    }
+    let now = Instant::now();
+    let Some(turn) = shared.pace.turn(address, now, longest) else {
+        shared.counts.word(Words::Knocks, "busy");
+        incoming.refuse();
+        return None;
+    };
+    if turn > now {
+        shared.counts.one(Count::HandshakesPaced);
+        tokio::time::sleep_until(turn).await;
+    }
+    complete_handshake(shared, incoming).await
 }
 
 /// Completes the handshake. Returns `None`, and counts it, if the handshake failed or took too long.

@@ -29,6 +29,9 @@ pub struct Limits {
     /// may hold half of them, and the other half is reserved for the first few of each address: a 64th of all, at least
     /// one.
     pub handshakes: usize,
+    /// Handshakes of one address that lead to no session, each second, with a burst of eight times as many. Further ones
+    /// of that address wait for their turn. One whose token is accepted does not count. Default 32.
+    pub handshake_rate: u32,
     /// From this many concurrent handshakes on, QUIC must validate a new address with a Retry first. Default 64;
     /// 0 always requires it.
     pub retry_from: usize,
@@ -96,6 +99,7 @@ impl Default for Limits {
             sockets: 4096,
             sockets_per_address: 64,
             handshakes: 256,
+            handshake_rate: 32,
             retry_from: 64,
             channel_rate: 100,
             outbound_bytes: 1 << 20,
