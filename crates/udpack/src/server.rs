@@ -60,6 +60,8 @@ use crate::wire::control::{GoAway, HelloMessage, ResumeTicket};
 
 /// The most sockets that wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
+/// A client with a channel on its way when the server drains may take this long, beside the round trips, to hear of it.
+const ARRIVING: Duration = Duration::from_millis(25);
 /// The close text when the server drains.
 const SHUTTING_DOWN: &str = "the server is shutting down";
 
@@ -404,7 +406,11 @@ impl Server {
             .sockets()
             .into_iter()
             .map(|socket| async move {
-                socket.session().channels_done(drain.within).await;
+                let session = socket.session();
+                // What the client opened before it heard of the drain may be on its way.
+                let arriving = ARRIVING + trips(session.conn().rtt());
+                let _ = tokio::time::timeout(arriving, session.end.wait()).await;
+                session.channels_done(drain.within).await;
                 drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
             })
             .collect();

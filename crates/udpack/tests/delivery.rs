@@ -547,6 +547,46 @@ async fn a_server_that_drains_hands_its_clients_over_without_loss() {
     .await;
 }
 
+/// A channel that is on its way to a server when that begins to drain is served, and moves like any other.
+#[tokio::test(start_paused = true)]
+async fn a_channel_on_its_way_to_a_draining_server_is_served_and_moves() {
+    bounded(async {
+        for millis in [0, 1, 19, 20, 21, 39, 40] {
+            let net = Net::new(8).delay(Duration::from_millis(20));
+            let (tell, mut heard) = mpsc::unbounded_channel();
+            let serve = move |channel: Channel| {
+                let tell = tell.clone();
+                async move {
+                    let _ = tell.send(listen(&channel).await.expect("the client finishes"));
+                }
+            };
+            let first = server().timeouts(timeouts()).channel("numbers", serve);
+            let first = net.bind(first).await.expect("an address");
+            let second = server().channel("numbers", |_: Channel| async {});
+            let second = net.bind(second).await.expect("an address");
+            let builder = client(&first)
+                .timeouts(timeouts())
+                .reconnect(reconnect())
+                .fallback(second.local_addr().to_string(), Some(second.fingerprint()));
+            let socket = net.connect(builder, &first).await.expect("let in");
+            let channel = socket.channel("numbers").resumable().open().await;
+            let channel = channel.expect("a channel");
+            channel.send("n", &1_u64).await.expect("queued");
+            let signal = tokio::time::sleep(Duration::from_millis(millis));
+            let draining = first.run_until(signal, Drain::within(Duration::from_secs(20)));
+            let read = async {
+                while let Ok(Some(_)) = channel.recv().await {}
+                channel.closed().await
+            };
+            let (drained, ended) = tokio::join!(draining, read);
+            drained.expect("drained");
+            assert_eq!(ended.code, CloseCode::MOVED, "{millis} ms: {ended}");
+            assert_eq!(heard.recv().await, Some(vec![1]), "{millis} ms");
+        }
+    })
+    .await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn two_hundred_clients_move_one_after_the_other() {
     bounded(async {
