@@ -93,8 +93,7 @@ impl Drop for Inner {
 /// State that the accept loop and the connection tasks share.
 struct Shared {
     listener: Listener,
-    fingerprint: Fingerprint,
-    certificates: Arc<Certificates>,
+    key: PublicKey,
     guard: Arc<Guard>,
     service: Service,
     limits: Arc<Limits>,
@@ -109,6 +108,12 @@ struct Shared {
     log_limit: LogLimit,
     draining: AtomicBool,
     tasks: TaskTracker,
+}
+
+/// What clients know the server by.
+struct PublicKey {
+    fingerprint: Fingerprint,
+    certificates: Arc<Certificates>,
 }
 
 /// The parts of a program that receive an admitted socket.
@@ -217,7 +222,7 @@ impl Server {
 
     /// The fingerprint that clients pin.
     pub fn fingerprint(&self) -> Fingerprint {
-        self.inner.shared.fingerprint
+        self.inner.shared.key.fingerprint
     }
 
     /// The hashes that a page passes to the browser as `serverCertificateHashes`, so that it needs no certificate
@@ -229,7 +234,7 @@ impl Server {
     /// [`ServerBuilder::web`] and an identity of [`Identity::load_or_create`] both are kept beside the key, in
     /// `webcert.pem`, and a restart changes neither.
     pub fn certificate_hashes(&self) -> Vec<[u8; 32]> {
-        self.inner.shared.certificates.hashes()
+        self.inner.shared.key.certificates.hashes()
     }
 
     /// TLS for pages that are served to browsers over TCP, with the same certificates.
@@ -238,7 +243,7 @@ impl Server {
     /// When the cryptographic library refuses the key.
     #[cfg(feature = "https")]
     pub fn https(&self) -> Result<Https, IdentityError> {
-        Https::new(self.inner.shared.certificates.clone())
+        Https::new(self.inner.shared.key.certificates.clone())
     }
 
     /// Takes in a client over TCP: `stream` is a WebSocket whose HTTP handshake is over, at the path `/udpack` and
@@ -702,8 +707,10 @@ impl ServerBuilder {
         let shared = Arc::new(Shared {
             pace: Pace::new(limits.handshake_rate),
             listener,
-            fingerprint: identity.fingerprint(),
-            certificates,
+            key: PublicKey {
+                fingerprint: identity.fingerprint(),
+                certificates,
+            },
             guard: Guard::new(
                 auth,
                 self.authorize,

@@ -77,17 +77,8 @@ pub(crate) struct Node {
     alone: AtomicBool,
     epochs: AtomicU32,
     gone: AtomicBool,
-    draining: AtomicBool,
-    /// Set while the broker cannot be reached.
-    down: AtomicBool,
-    /// Set when messages of other nodes were lost here: in the next tick they are asked for their numbers.
-    behind: AtomicBool,
-    /// Rooms with members here, and their members, as of the last tick.
-    rooms: AtomicU64,
-    members: AtomicU64,
-    /// The ticks for which the queue to the broker still counts as full.
-    full: AtomicU32,
-    state: watch::Sender<ClusterState>,
+    load: Load,
+    health: Health,
     counts: Arc<Counts>,
     frame: usize,
     about: About,
@@ -95,20 +86,46 @@ pub(crate) struct Node {
     log_limit: LogLimit,
 }
 
+/// What a node tells the others of its work, beside its sockets, which are counted elsewhere.
+#[derive(Default)]
+struct Load {
+    draining: AtomicBool,
+    /// Rooms with members here, and their members, as of the last tick.
+    rooms: AtomicU64,
+    members: AtomicU64,
+}
+
+/// How well the broker carries messages to and from a node.
+struct Health {
+    /// Set while the broker cannot be reached.
+    down: AtomicBool,
+    /// Set when messages of other nodes were lost here: in the next tick they are asked for their numbers.
+    behind: AtomicBool,
+    /// The ticks for which the queue to the broker still counts as full.
+    full: AtomicU32,
+    state: watch::Sender<ClusterState>,
+}
+
+impl Health {
+    /// Sets the state; returns whether it was another one.
+    fn becomes(&self, new: ClusterState) -> bool {
+        self.state
+            .send_if_modified(|state| std::mem::replace(state, new) != new)
+    }
+
+    fn is_degraded(&self) -> bool {
+        *self.state.borrow() == ClusterState::Degraded
+    }
+}
+
 /// Another node.
 struct Other {
     since: Instant,
     heard: Instant,
-    lost: bool,
     /// The ticks since it said that it leaves, if it did.
     leaving: Option<u8>,
-    name: String,
-    address: String,
-    sockets: u64,
-    rooms: u64,
-    members: u64,
-    draining: bool,
-    degraded: bool,
+    /// What it said about itself last.
+    told: ClusterNode,
 }
 
 /// One topic: that of a room, with or without members on this node.
@@ -177,13 +194,13 @@ impl Node {
             alone: AtomicBool::new(true),
             epochs: AtomicU32::new(0),
             gone: AtomicBool::new(false),
-            draining: AtomicBool::new(false),
-            down: AtomicBool::new(false),
-            behind: AtomicBool::new(false),
-            rooms: AtomicU64::new(0),
-            members: AtomicU64::new(0),
-            full: AtomicU32::new(0),
-            state: watch::Sender::new(ClusterState::Connected),
+            load: Load::default(),
+            health: Health {
+                down: AtomicBool::new(false),
+                behind: AtomicBool::new(false),
+                full: AtomicU32::new(0),
+                state: watch::Sender::new(ClusterState::Connected),
+            },
             counts,
             frame,
             about,
@@ -224,10 +241,10 @@ impl Node {
                 Some(Incoming::Message { topic, message }) => {
                     self.message(&directory, topic, &message);
                 }
-                Some(Incoming::Lost) => self.behind.store(true, Ordering::Relaxed),
+                Some(Incoming::Lost) => self.health.behind.store(true, Ordering::Relaxed),
                 Some(Incoming::Down) => self.lose_broker(),
                 Some(Incoming::Up) => {
-                    self.down.store(false, Ordering::Relaxed);
+                    self.health.down.store(false, Ordering::Relaxed);
                     let (most, needed) = (self.cluster.max_message(), self.frame + AROUND);
                     if most < needed {
                         tracing::error!(most, needed, "the broker takes less than a frame");
@@ -313,7 +330,7 @@ impl Node {
             Err(_) => {
                 drop(out);
                 self.counts.one(Count::ClusterDropped);
-                self.full.store(FULL, Ordering::Relaxed);
+                self.health.full.store(FULL, Ordering::Relaxed);
                 self.degrade();
             }
         }
@@ -339,7 +356,7 @@ impl Node {
 
     /// Publishes that a session of this node is not present any more.
     pub(crate) fn left(&self, shared: &Shared, session: &str) {
-        let moving = self.draining.load(Ordering::Relaxed);
+        let moving = self.load.draining.load(Ordering::Relaxed);
         self.change(shared, |at| wire::leave(at, session, moving));
     }
 
@@ -355,7 +372,7 @@ impl Node {
 
     /// From now on, sessions that leave may connect to another node, and no client is sent to this one.
     pub(crate) fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.load.draining.store(true, Ordering::Relaxed);
         self.beat();
     }
 
@@ -393,17 +410,23 @@ impl Node {
         self.cluster.publish(Topic::Nodes, question).is_ok()
     }
 
-    fn beat(&self) {
-        let beat = Beat {
-            name: &self.about.name,
-            address: &self.about.address,
+    /// This node, as it shows itself to the others.
+    fn own(&self) -> ClusterNode {
+        ClusterNode {
+            id: self.id,
+            name: self.about.name.clone(),
+            address: self.about.address.clone(),
             sockets: self.counts.get(Count::Sockets),
-            rooms: self.rooms.load(Ordering::Relaxed),
-            members: self.members.load(Ordering::Relaxed),
-            draining: self.draining.load(Ordering::Relaxed),
-            degraded: *self.state.borrow() == ClusterState::Degraded,
-        };
-        if let Ok(body) = encode_data(&beat) {
+            rooms: self.load.rooms.load(Ordering::Relaxed),
+            members: self.load.members.load(Ordering::Relaxed),
+            draining: self.load.draining.load(Ordering::Relaxed),
+            degraded: self.health.is_degraded(),
+            lost: false,
+        }
+    }
+
+    fn beat(&self) {
+        if let Ok(body) = encode_data(&Beat::of(&self.own())) {
             let beat = wire::beat(&self.head(0, 0), &body);
             let _ = self.cluster.publish(Topic::Nodes, beat);
         }
@@ -447,25 +470,19 @@ impl Node {
     }
 
     fn lose_broker(&self) {
-        self.down.store(true, Ordering::Relaxed);
+        self.health.down.store(true, Ordering::Relaxed);
         self.degrade();
     }
 
     fn degrade(&self) {
-        let changed = self.state.send_if_modified(|state| {
-            std::mem::replace(state, ClusterState::Degraded) != ClusterState::Degraded
-        });
-        if changed {
+        if self.health.becomes(ClusterState::Degraded) {
             self.counts.one(Count::ClusterDegraded);
             tracing::warn!("the cluster is degraded: other nodes may miss messages of rooms");
         }
     }
 
     fn recover(&self) {
-        let changed = self.state.send_if_modified(|state| {
-            std::mem::replace(state, ClusterState::Connected) != ClusterState::Connected
-        });
-        if changed {
+        if self.health.becomes(ClusterState::Connected) {
             self.counts.less(Count::ClusterDegraded);
             tracing::info!("the cluster is whole again");
         }
@@ -568,19 +585,12 @@ impl Node {
             Other {
                 since: now,
                 heard: now,
-                lost: false,
                 leaving: None,
-                name: String::new(),
-                address: String::new(),
-                sockets: 0,
-                rooms: 0,
-                members: 0,
-                draining: false,
-                degraded: false,
+                told: ClusterNode::new(id),
             }
         });
         other.heard = now;
-        let back = std::mem::replace(&mut other.lost, false);
+        let back = std::mem::replace(&mut other.told.lost, false);
         let since = other.since;
         drop(others);
         if new || back {
@@ -599,7 +609,9 @@ impl Node {
 
     fn beaten(&self, id: NodeId, body: &[u8]) {
         let mut others = lock(&self.others);
-        let told = others.get_mut(&id).map(|other| other.read(body).is_some());
+        let told = others
+            .get_mut(&id)
+            .map(|other| other.told.read(body).is_some());
         drop(others);
         if told == Some(false) {
             self.ignored(&"a node says about itself what cannot be read");
@@ -669,14 +681,14 @@ impl Node {
     }
 
     fn tick(&self, directory: &Directory) {
-        let full = self.full.load(Ordering::Relaxed);
+        let full = self.health.full.load(Ordering::Relaxed);
         if full > 0 {
-            self.full.store(full - 1, Ordering::Relaxed);
-            if full == 1 && !self.down.load(Ordering::Relaxed) {
+            self.health.full.store(full - 1, Ordering::Relaxed);
+            if full == 1 && !self.health.down.load(Ordering::Relaxed) {
                 self.recover();
             }
         }
-        if self.behind.swap(false, Ordering::Relaxed) {
+        if self.health.behind.swap(false, Ordering::Relaxed) {
             self.ask_all();
         }
         let (lost, left) = self.watch();
@@ -712,8 +724,8 @@ impl Node {
                 self.mark(shared, shared.topic);
             }
         }
-        self.rooms.store(rooms, Ordering::Relaxed);
-        self.members.store(members, Ordering::Relaxed);
+        self.load.rooms.store(rooms, Ordering::Relaxed);
+        self.load.members.store(members, Ordering::Relaxed);
         lock(&self.topics).retain(|_, shared| {
             // No other task can take a handle meanwhile; a task that has one is about to publish.
             Arc::strong_count(shared) > 2
@@ -731,11 +743,11 @@ impl Node {
                 *ticks += 1;
             }
             let leaves = other.leaving.is_some_and(|ticks| ticks > 1);
-            if !other.lost && (leaves || silent >= SILENCE) {
-                other.lost = true;
+            if !other.told.lost && (leaves || silent >= SILENCE) {
+                other.told.lost = true;
                 self.counts.less(Count::ClusterNodes);
                 if !leaves {
-                    tracing::warn!(node = %id, name = other.name, "a node of the cluster is lost");
+                    tracing::warn!(node = %id, name = other.told.name, "a node of the cluster is lost");
                     lost.push(*id);
                 }
             }
@@ -769,7 +781,36 @@ struct Beat<'a> {
     degraded: bool,
 }
 
-impl Other {
+impl<'a> Beat<'a> {
+    fn of(node: &'a ClusterNode) -> Self {
+        Self {
+            name: &node.name,
+            address: &node.address,
+            sockets: node.sockets,
+            rooms: node.rooms,
+            members: node.members,
+            draining: node.draining,
+            degraded: node.degraded,
+        }
+    }
+}
+
+impl ClusterNode {
+    /// A node that has not said anything about itself yet.
+    fn new(id: NodeId) -> Self {
+        Self {
+            id,
+            name: String::new(),
+            address: String::new(),
+            sockets: 0,
+            rooms: 0,
+            members: 0,
+            draining: false,
+            degraded: false,
+            lost: false,
+        }
+    }
+
     /// Takes over what the node says about itself; `None`, and nothing, if that cannot be read.
     fn read(&mut self, body: &[u8]) -> Option<()> {
         validate(body).ok()?;
@@ -803,7 +844,7 @@ impl ClusterView {
         Self {
             node: node.clone(),
             rooms: rooms.clone(),
-            states: node.state.subscribe(),
+            states: node.health.state.subscribe(),
         }
     }
 
@@ -839,37 +880,13 @@ impl ClusterView {
 
     /// This node, as it shows itself to the others. What it counts is up to a second old.
     pub fn own(&self) -> ClusterNode {
-        let node = &*self.node;
-        ClusterNode {
-            id: node.id,
-            name: node.about.name.clone(),
-            address: node.about.address.clone(),
-            sockets: node.counts.get(Count::Sockets),
-            rooms: node.rooms.load(Ordering::Relaxed),
-            members: node.members.load(Ordering::Relaxed),
-            draining: node.draining.load(Ordering::Relaxed),
-            degraded: self.state() == ClusterState::Degraded,
-            lost: false,
-        }
+        self.node.own()
     }
 
     /// The other nodes, sorted by id: those heard within the last 10 s, and those lost in the last 10 minutes.
     pub fn nodes(&self) -> Vec<ClusterNode> {
         let others = lock(&self.node.others);
-        let mut nodes: Vec<_> = others
-            .iter()
-            .map(|(id, other)| ClusterNode {
-                id: *id,
-                name: other.name.clone(),
-                address: other.address.clone(),
-                sockets: other.sockets,
-                rooms: other.rooms,
-                members: other.members,
-                draining: other.draining,
-                degraded: other.degraded,
-                lost: other.lost,
-            })
-            .collect();
+        let mut nodes: Vec<_> = others.values().map(|other| other.told.clone()).collect();
         nodes.sort_by_key(|node| node.id);
         nodes
     }

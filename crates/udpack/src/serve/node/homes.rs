@@ -14,7 +14,7 @@ impl Node {
         let home = NodeId::of_session(session)?;
         let others = lock(&self.others);
         let home = others.get(&home).filter(|home| home.takes_clients())?;
-        Some(home.address.clone())
+        Some(home.told.address.clone())
     }
 
     /// The nodes that take the clients of this one.
@@ -23,7 +23,7 @@ impl Node {
         let takers = others.values().filter(|other| other.takes_clients());
         Spread {
             nodes: takers
-                .map(|other| (other.sockets, other.address.clone()))
+                .map(|other| (other.told.sockets, other.told.address.clone()))
                 .collect(),
         }
     }
@@ -31,10 +31,11 @@ impl Node {
 
 impl Other {
     fn takes_clients(&self) -> bool {
-        !self.lost
+        let told = &self.told;
+        !told.lost
             && self.leaving.is_none()
-            && !self.draining
-            && ConnectUrl::bare(&self.address).is_some()
+            && !told.draining
+            && ConnectUrl::bare(&told.address).is_some()
     }
 }
 
