@@ -89,6 +89,7 @@ pub(crate) async fn run(
         ClientCommand::Man(args) => return pages::man::<ClientArgs>(args.dir.as_deref()),
         ClientCommand::RemoteNames(args) => &args.log,
     };
+    let console = console.quiet(log.quiet);
     let _log = logging::start(Role::Client, log, &console)?;
     let interrupts = Interrupts::catch()?;
     let result = match args.command {

@@ -160,64 +160,98 @@ pub(crate) enum Line<'a> {
         bytes: u64,
     },
     /// How all of it ended; exactly one.
-    Result {
-        /// `ok`, `error`, `partial` or `interrupted`.
-        status: &'static str,
-        /// The exit code.
-        exit: u8,
-        /// Files that arrived.
-        files: usize,
-        failed: usize,
-        /// Of those that failed, files that changed each time they were read.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        changed: Option<usize>,
-        /// Files that changed while they were read, and were stored as they were read.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        torn: Option<usize>,
-        /// Files, directories and links that are written under other names than they have.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        mapped: Option<usize>,
-        /// Files that were gone by the time they were read, failures or not.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        vanished: Option<usize>,
-        /// What was left out because it is neither file, directory nor link.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        left_out: Option<usize>,
-        /// Entries that a mirror found to be the same.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        unchanged: Option<usize>,
-        /// Entries that a mirror deleted, or would.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        deleted: Option<usize>,
-        /// Bytes of those files.
-        bytes: u64,
-        /// Bytes that had to be transferred.
-        sent: u64,
-        /// Bytes that an earlier attempt had brought.
-        #[serde(skip_serializing_if = "is_zero")]
-        resumed: u64,
-        /// Bytes that the receiving side copied from what it had.
-        #[serde(skip_serializing_if = "is_zero")]
-        copied: u64,
-        /// Bytes of holes, which were told and not transferred.
-        #[serde(skip_serializing_if = "is_zero")]
-        holes: u64,
-        /// Bytes of files that were there already.
-        #[serde(skip_serializing_if = "is_zero")]
-        same: u64,
-        /// How often the connection was lost and came back.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        reconnects: Option<usize>,
-        secs: f64,
-        /// Bytes a second, on average.
-        rate: f64,
-        /// Each of several paths.
-        #[serde(skip_serializing_if = "<[_]>::is_empty")]
-        paths: &'a [PathLine],
-        error_kind: Option<&'static str>,
-        error: Option<&'a str>,
-        hint: Option<&'a str>,
-    },
+    Result(ResultLine<'a>),
+}
+
+/// What became of all files together. A field that is `None` is left out.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct ResultLine<'a> {
+    #[serde(flatten)]
+    pub(crate) ended: Ended<'a>,
+    /// Files that arrived.
+    pub(crate) files: usize,
+    pub(crate) failed: usize,
+    /// Of those that failed, files that changed each time they were read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) changed: Option<usize>,
+    /// Files that changed while they were read, and were stored as they were read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) torn: Option<usize>,
+    /// Files, directories and links that are written under other names than they have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mapped: Option<usize>,
+    /// Files that were gone by the time they were read, failures or not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vanished: Option<usize>,
+    /// What was left out because it is neither file, directory nor link.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) left_out: Option<usize>,
+    /// Entries that a mirror found to be the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) unchanged: Option<usize>,
+    /// Entries that a mirror deleted, or would.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) deleted: Option<usize>,
+    /// Bytes of those files.
+    pub(crate) bytes: u64,
+    /// Bytes that had to be transferred.
+    pub(crate) sent: u64,
+    /// Bytes that an earlier attempt had brought.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) resumed: u64,
+    /// Bytes that the receiving side copied from what it had.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) copied: u64,
+    /// Bytes of holes, which were told and not transferred.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) holes: u64,
+    /// Bytes of files that were there already.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) same: u64,
+    /// How often the connection was lost and came back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reconnects: Option<usize>,
+    pub(crate) secs: f64,
+    /// Bytes a second, on average.
+    pub(crate) rate: f64,
+    /// Each of several paths.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub(crate) paths: &'a [PathLine],
+}
+
+/// How a run ended: in each line `result`.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Ended<'a> {
+    /// `ok`, `error`, `partial` or `interrupted`.
+    status: &'static str,
+    /// The exit code.
+    exit: u8,
+    error_kind: Option<&'static str>,
+    error: Option<&'a str>,
+    hint: Option<&'a str>,
+}
+
+impl<'a> Ended<'a> {
+    /// The end with this error, or without one.
+    pub(crate) fn with(error: Option<&'a Explained>) -> Self {
+        let Some(error) = error else {
+            return Self {
+                status: "ok",
+                ..Self::default()
+            };
+        };
+        Self {
+            status: match error.kind {
+                Kind::Partial => "partial",
+                Kind::Interrupted => "interrupted",
+                _ => "error",
+            },
+            exit: error.kind.code(),
+            error_kind: Some(error.kind.name()),
+            error: Some(&error.text),
+            hint: error.hint.as_deref(),
+        }
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
@@ -225,16 +259,12 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-impl Line<'_> {
-    /// The `status` of a result that ended with this exit kind.
-    pub(crate) fn status(kind: Option<Kind>) -> &'static str {
-        match kind {
-            None => "ok",
-            Some(Kind::Partial) => "partial",
-            Some(Kind::Interrupted) => "interrupted",
-            Some(_) => "error",
-        }
-    }
+#[derive(Serialize)]
+struct Concluded<'a> {
+    event: &'static str,
+    #[serde(flatten)]
+    ended: Ended<'a>,
+    count: usize,
 }
 
 /// Ends a command that prints entries and no files: with `--json`, the one `result` line, whatever became of it.
@@ -245,16 +275,11 @@ pub(crate) fn concluded(
 ) -> anyhow::Result<()> {
     if json {
         let error = result.as_ref().err().map(Explained::of);
-        let kind = error.as_ref().map(|error| error.kind);
-        output::unless_gone(output::json(&serde_json::json!({
-            "event": "result",
-            "status": Line::status(kind),
-            "exit": kind.map_or(0, Kind::code),
-            "count": count,
-            "error_kind": kind.map(Kind::name),
-            "error": error.as_ref().map(|error| error.text.as_str()),
-            "hint": error.as_ref().and_then(|error| error.hint.as_deref()),
-        })))?;
+        output::unless_gone(output::json(&Concluded {
+            event: "result",
+            ended: Ended::with(error.as_ref()),
+            count,
+        }))?;
     }
     result
 }

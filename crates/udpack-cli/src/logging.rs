@@ -24,6 +24,7 @@ use crate::pages::terminal_columns;
 pub(crate) struct Console {
     bars: MultiProgress,
     live: Arc<Mutex<Option<ProgressBar>>>,
+    quiet: bool,
 }
 
 impl Default for Console {
@@ -32,11 +33,21 @@ impl Default for Console {
         Self {
             bars: MultiProgress::with_draw_target(target),
             live: Arc::default(),
+            quiet: false,
         }
     }
 }
 
 impl Console {
+    /// Sets whether it shows only errors. Defaults to no.
+    pub(crate) fn quiet(self, quiet: bool) -> Self {
+        Self { quiet, ..self }
+    }
+
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// Shows this as the live line; an empty one takes it away. It must be shorter than the terminal is wide.
     pub(crate) fn live(&self, line: String) {
         let mut live = lock(&self.live);
@@ -60,6 +71,13 @@ impl Console {
     /// Writes one line. A closed standard error is not a failure.
     pub(crate) fn line(&self, text: &str) {
         self.write(&one_line(text.as_bytes()));
+    }
+
+    /// Writes one line, unless only errors are shown.
+    pub(crate) fn note(&self, text: &str) {
+        if !self.quiet {
+            self.line(text);
+        }
     }
 
     /// Writes a line that begins with a word for its kind: `error: …`, in a colour where colours are wanted.

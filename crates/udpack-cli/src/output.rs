@@ -4,6 +4,7 @@
 
 use std::io::{self, Write};
 
+use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::ser::Formatter;
@@ -113,13 +114,18 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::BrokenPipe
 }
 
+/// Whether there is a reader for more: none, and no failure, once standard output is closed.
+pub(crate) fn goes_on(written: io::Result<()>) -> anyhow::Result<bool> {
+    match written {
+        Ok(()) => Ok(true),
+        Err(error) if is_gone(&error) => Ok(false),
+        Err(error) => Err(error).context("cannot write to standard output"),
+    }
+}
+
 /// Treats a closed standard output as success.
 pub(crate) fn unless_gone(written: io::Result<()>) -> anyhow::Result<()> {
-    use anyhow::Context as _;
-    match written {
-        Err(error) if is_gone(&error) => Ok(()),
-        other => other.context("cannot write to standard output"),
-    }
+    goes_on(written).map(drop)
 }
 
 /// Escapes text of a peer or a file's name: one line without control characters.

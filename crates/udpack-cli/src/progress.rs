@@ -45,10 +45,10 @@ enum Show {
 }
 
 impl Meter {
-    pub(crate) fn new(style: ProgressArg, quiet: bool, console: &Console) -> Self {
+    pub(crate) fn new(style: ProgressArg, console: &Console) -> Self {
         let show = match style {
             ProgressArg::None => Show::None,
-            ProgressArg::Auto if quiet => Show::None,
+            ProgressArg::Auto if console.is_quiet() => Show::None,
             ProgressArg::Auto | ProgressArg::Bar if stderr().is_terminal() && !is_dumb() => {
                 Show::Bar(None)
             }

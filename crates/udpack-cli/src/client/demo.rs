@@ -24,7 +24,7 @@ pub(super) async fn run(
     console: &Console,
     mut interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, &args.log, "stored");
+    let mut report = Report::new(console, args.show.json, &args.log);
     report.expect(Some(1));
     let result = tokio::select! {
         result = demo(&args, console, &mut report) => result,
@@ -97,7 +97,7 @@ async fn demo(args: &DemoArgs, console: &Console, report: &mut Report) -> anyhow
                 what: Thing::File,
             },
         );
-        let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+        let mut meter = Meter::new(args.show.progress, console);
         report
             .follow(Transfer::Up(upload), None, &origins, &mut meter)
             .await;

@@ -42,11 +42,8 @@ pub(super) async fn run(
             code: Code::Forbidden,
             ..
         }) => {
-            if !args.log.quiet {
-                console.line(
-                    "this token may not read: which names are taken at the server is not known",
-                );
-            }
+            console
+                .note("this token may not read: which names are taken at the server is not known");
             false
         }
         Err(error) => return Err(error.into()),

@@ -160,10 +160,9 @@ async fn ask(
                         written
                     }
                 };
-                if written.as_ref().is_err_and(output::is_gone) {
+                if !output::goes_on(written)? {
                     break;
                 }
-                output::unless_gone(written)?;
             }
             Ok(())
         })
@@ -231,11 +230,6 @@ pub(super) async fn listen(
         Some(0) => Target::find(&args.connect)?,
         retries => Target::find_reconnecting(&args.connect, retry(retries))?,
     };
-    let tell = |text: &str| {
-        if !args.log.quiet {
-            console.line(text);
-        }
-    };
     target
         .run(&mut interrupts, async |socket| {
             // Who is told that this listens may send at once.
@@ -249,7 +243,7 @@ pub(super) async fn listen(
                 let mut before = None;
                 while let Some(state) = states.next().await {
                     if let Some(text) = change(before.as_ref(), &state) {
-                        tell(&text);
+                        console.note(&text);
                     }
                     before = Some(state);
                 }
@@ -267,7 +261,7 @@ pub(super) async fn listen(
                     };
                     if attempt == 0 {
                         let (name, address) = (&args.channel.channel, target.address());
-                        tell(&format!("listening on {name} at {address}"));
+                        console.note(&format!("listening on {name} at {address}"));
                     }
                     let before = left;
                     match hear(&socket, &channel, &mut left).await {
@@ -307,9 +301,8 @@ async fn hear(socket: &Socket, channel: &Channel, left: &mut u64) -> anyhow::Res
                     volatile: true,
                     key: message.key(),
                 });
-                match written {
-                    Err(error) if output::is_gone(&error) => break,
-                    other => output::unless_gone(other)?,
+                if !output::goes_on(written)? {
+                    break;
                 }
                 continue;
             }
@@ -328,9 +321,8 @@ async fn hear(socket: &Socket, channel: &Channel, left: &mut u64) -> anyhow::Res
                 key: None,
             })
         };
-        match written {
-            Err(error) if output::is_gone(&error) => break,
-            other => output::unless_gone(other)?,
+        if !output::goes_on(written)? {
+            break;
         }
         let fault = Fault::new(Fault::NO_HANDLER, "this client only listens");
         let _ = channel.fault(&message, &fault).await;

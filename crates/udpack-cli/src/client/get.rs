@@ -48,7 +48,7 @@ pub(super) async fn run(
         args.paths.pop();
         args.name = Some(PathBuf::from("-"));
     }
-    let mut report = Report::new(console, args.show.json, &args.log, "stored");
+    let mut report = Report::new(console, args.show.json, &args.log);
     let result = get(&args, console, interrupts, &mut report).await;
     report.finish(result)
 }
@@ -119,7 +119,7 @@ async fn get(
                         let shown = root.entry.path.clone();
                         let what = Thing::File;
                         origins.insert(0, Origin { shown, what });
-                        let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+                        let mut meter = Meter::new(args.show.progress, console);
                         report.connected(&link, &mut meter);
                         let transfer = Transfer::Down(download);
                         report.follow(transfer, None, &origins, &mut meter).await;
@@ -256,7 +256,7 @@ async fn fetch(
         }
     });
     let downloader = downloader(args, link, store.clone());
-    let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+    let mut meter = Meter::new(args.show.progress, console);
     report.connected(link, &mut meter);
     let download = downloader.get(origins.of_downloads(listed));
     let preserve = args.transfer.preserve;
@@ -681,7 +681,7 @@ impl Pouring {
             (Some(name), _) => names::from_os(name.as_os_str()).into_owned(),
             (None, None) => String::new(),
         };
-        let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+        let mut meter = Meter::new(args.show.progress, console);
         report.connected(link, &mut meter);
         let fetched = async {
             match self.fetching.join_next().await {

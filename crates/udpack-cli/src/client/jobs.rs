@@ -61,8 +61,8 @@ async fn jobs(
             while let Some(event) = more(&mut jobs, listed && !args.watch).await {
                 let changed = match event? {
                     JobsEvent::List(all) => {
-                        if all.is_empty() && !args.json && !args.log.quiet {
-                            console.line("no transfer is under way");
+                        if all.is_empty() && !args.json {
+                            console.note("no transfer is under way");
                         }
                         all
                     }
@@ -73,10 +73,9 @@ async fn jobs(
                 for job in &changed {
                     let written = show(job, args.json);
                     *count += 1;
-                    if written.as_ref().is_err_and(output::is_gone) {
+                    if !output::goes_on(written)? {
                         return Ok(());
                     }
-                    output::unless_gone(written)?;
                 }
                 if !args.watch && (listed || !args.ended) {
                     break;

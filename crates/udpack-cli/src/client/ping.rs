@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use serde_json::json;
 
 use crate::args::PingArgs;
-use crate::exit::{Explained, Kind};
+use crate::exit::Explained;
 use crate::hub::PING;
-use crate::json::Line;
+use crate::json::Ended;
 use crate::output;
 use crate::signals::Interrupts;
 use crate::target::{Target, retry};
@@ -30,6 +31,21 @@ impl Times {
     }
 }
 
+/// The line `result`.
+#[derive(Serialize)]
+struct Pinged<'a> {
+    event: &'static str,
+    #[serde(flatten)]
+    ended: Ended<'a>,
+    count: u32,
+    /// Milliseconds.
+    min: Option<f64>,
+    avg: Option<f64>,
+    max: Option<f64>,
+    transport: Option<&'a str>,
+    transport_reason: Option<&'a str>,
+}
+
 pub(super) async fn run(args: PingArgs, interrupts: Interrupts) -> anyhow::Result<()> {
     let mut times = Times::default();
     let mut over = None;
@@ -39,21 +55,16 @@ pub(super) async fn run(args: PingArgs, interrupts: Interrupts) -> anyhow::Resul
         .map(|min| (ms(min), ms(times.sum / times.count), ms(times.max)));
     if args.json {
         let error = result.as_ref().err().map(Explained::of);
-        let kind = error.as_ref().map(|error| error.kind);
-        output::unless_gone(output::json(&json!({
-            "event": "result",
-            "status": Line::status(kind),
-            "exit": kind.map_or(0, Kind::code),
-            "count": times.count,
-            "min": shown.map(|(min, _, _)| min),
-            "avg": shown.map(|(_, avg, _)| avg),
-            "max": shown.map(|(_, _, max)| max),
-            "transport": over.as_ref().map(|(name, _)| name),
-            "transport_reason": over.as_ref().map(|(_, why)| why),
-            "error_kind": kind.map(Kind::name),
-            "error": error.as_ref().map(|error| error.text.as_str()),
-            "hint": error.as_ref().and_then(|error| error.hint.as_deref()),
-        })))?;
+        output::unless_gone(output::json(&Pinged {
+            event: "result",
+            ended: Ended::with(error.as_ref()),
+            count: times.count,
+            min: shown.map(|(min, _, _)| min),
+            avg: shown.map(|(_, avg, _)| avg),
+            max: shown.map(|(_, _, max)| max),
+            transport: over.as_ref().map(|(name, _)| *name),
+            transport_reason: over.as_ref().map(|(_, why)| &**why),
+        }))?;
     } else if let Some((min, avg, max)) = shown {
         let mut line = format!("min/avg/max  {min:.3}/{avg:.3}/{max:.3} ms");
         if let Some((name, why)) = over {
@@ -95,9 +106,8 @@ async fn ping(
                 } else {
                     output::line(&format!("pong {number}  {:.3} ms", ms(time)))
                 };
-                match written {
-                    Err(error) if output::is_gone(&error) => break,
-                    other => output::unless_gone(other)?,
+                if !output::goes_on(written)? {
+                    break;
                 }
             }
             Ok(())

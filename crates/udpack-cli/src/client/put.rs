@@ -23,7 +23,7 @@ pub(super) async fn run(
     console: &Console,
     interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, &args.log, "stored");
+    let mut report = Report::new(console, args.show.json, &args.log);
     let result = put(&args, console, interrupts, &mut report).await;
     report.finish(result)
 }
@@ -121,7 +121,7 @@ async fn upload(
         .delta(args.delta.into())
         .may_tear(args.changed == TornArg::Warn)
         .resume(!args.no_resume);
-    let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+    let mut meter = Meter::new(args.show.progress, console);
     report.connected(link, &mut meter);
     let origins = Origins::default();
     let upload = uploader.put(sources(plan, args, growing, &origins));

@@ -64,10 +64,9 @@ async fn list(args: &LsArgs, mut interrupts: Interrupts, count: &mut usize) -> a
                 }
                 let written = show(&entry, args);
                 *count += 1;
-                if written.as_ref().is_err_and(output::is_gone) {
+                if !output::goes_on(written)? {
                     break;
                 }
-                output::unless_gone(written)?;
             }
             match unread {
                 None => Ok(()),
@@ -185,10 +184,9 @@ async fn describe_all(
                         } else {
                             describe(&entry)
                         };
-                        if written.as_ref().is_err_and(output::is_gone) {
+                        if !output::goes_on(written)? {
                             break;
                         }
-                        output::unless_gone(written)?;
                     }
                     Err(error) => {
                         let explained = Explained::of(&error);

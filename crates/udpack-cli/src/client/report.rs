@@ -17,7 +17,7 @@ use udpack_transfer::{
 use super::failures::Failures;
 use crate::args::LogArgs;
 use crate::exit::{Explained, Failure, Kind};
-use crate::json::{FileLine, Line, PathLine};
+use crate::json::{Ended, FileLine, Line, PathLine, ResultLine};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::{Meter, percent, size};
@@ -208,13 +208,10 @@ pub(super) struct Beside {
 pub(super) struct Report {
     console: Console,
     json: bool,
-    quiet: bool,
     /// Whether every file gets a line, even if there are many and standard output is a terminal.
     each: bool,
     /// Whether standard output carries a file.
     mute: bool,
-    /// The word for files that succeed: `stored`.
-    did: &'static str,
     /// Whether this is a dry run.
     dry: bool,
     began: Instant,
@@ -271,14 +268,12 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(console: &Console, json: bool, log: &LogArgs, did: &'static str) -> Self {
+    pub(super) fn new(console: &Console, json: bool, log: &LogArgs) -> Self {
         Self {
             console: console.clone(),
             json,
-            quiet: log.quiet,
             each: log.verbose > 0 || !io::stdout().is_terminal(),
             mute: false,
-            did,
             dry: false,
             began: Instant::now(),
             ended: None,
@@ -355,10 +350,10 @@ impl Report {
         let mark = if what == Thing::Dir { "/" } else { "" };
         let path = output::printable(path);
         let did = if self.dry { "would delete" } else { "deleted" };
-        if self.dry {
-            self.line(&format!("{did} {path}{mark}"));
-        } else {
-            self.file_line(&format!("{did} {path}{mark}"));
+        let line = format!("{did} {path}{mark}");
+        match self.dry {
+            true => self.line(&line),
+            false => self.file_line(&line),
         }
     }
 
@@ -535,19 +530,16 @@ impl Report {
                     delay: secs,
                     reason: &reason,
                 });
-                let text = format!("reconnecting (attempt {attempt}, in {secs:.1} s): {reason}");
                 meter.note(Some("reconnecting"));
-                if !self.quiet {
-                    self.console.line(&text);
-                }
+                self.console.note(&format!(
+                    "reconnecting (attempt {attempt}, in {secs:.1} s): {reason}"
+                ));
             }
             Event::Connected => {
                 meter.note(None);
                 self.reconnects += 1;
                 self.json(&Line::Connected {});
-                if !self.quiet {
-                    self.console.line("connected again");
-                }
+                self.console.note("connected again");
             }
             Event::PathLost {
                 path,
@@ -558,9 +550,7 @@ impl Report {
                 self.json(&Line::PathConnected { path: &path });
                 if self.lost.remove(&path) {
                     self.reconnects += 1;
-                    if !self.quiet {
-                        self.console.line(&format!("connected again over {path}"));
-                    }
+                    self.console.note(&format!("connected again over {path}"));
                 }
             }
             Event::TransportChanged { to, why } => self.transport(&to, why, meter),
@@ -585,9 +575,7 @@ impl Report {
             transport: name,
             reason: &why,
         });
-        if !self.quiet {
-            self.console.line(&format!("connected over {name}: {why}"));
-        }
+        self.console.note(&format!("connected over {name}: {why}"));
     }
 
     /// One of several paths is lost: told once, until it is back.
@@ -599,10 +587,8 @@ impl Report {
             reason: &reason,
         });
         if !self.lost.contains(&path) {
-            if !self.quiet {
-                let text = format!("{path} is lost, the others go on: {reason}");
-                self.console.line(&text);
-            }
+            let text = format!("{path} is lost, the others go on: {reason}");
+            self.console.note(&text);
             self.lost.insert(path);
         }
     }
@@ -656,9 +642,9 @@ impl Report {
             }
             Note::Mapped { path, source } => {
                 self.mapped += 1;
-                if !self.quiet && !self.json && self.mapped <= FEW {
+                if !self.json && self.mapped <= FEW {
                     let (path, source) = (output::printable(&path), output::printable(&source));
-                    self.console.line(&format!("{source} is written as {path}"));
+                    self.console.note(&format!("{source} is written as {path}"));
                 }
             }
             Note::LeftOut { path, source, why } => self.left_out(&path, &source, why),
@@ -674,10 +660,8 @@ impl Report {
             source,
             ..FileLine::default()
         }));
-        if !self.quiet {
-            let source = output::printable(source);
-            self.console.line(&format!("left out, {why}: {source}"));
-        }
+        let source = output::printable(source);
+        self.console.note(&format!("left out, {why}: {source}"));
     }
 
     /// Whether a file failed only because another program changed it, and is no failure or not yet. Counts it.
@@ -733,14 +717,12 @@ impl Report {
             source,
             ..FileLine::default()
         }));
-        if !self.quiet {
-            let did = match status {
-                "vanished" => "is gone by now",
-                _ => "changed while it was read, and is tried again",
-            };
-            let source = output::printable(source);
-            self.console.line(&format!("{source} {did}"));
-        }
+        let did = match status {
+            "vanished" => "is gone by now",
+            _ => "changed while it was read, and is tried again",
+        };
+        let source = output::printable(source);
+        self.console.note(&format!("{source} {did}"));
         true
     }
 
@@ -808,15 +790,15 @@ impl Report {
     /// Prints the line of one file: none with `-q`, and on a terminal only for the first files.
     fn file_line(&mut self, text: &str) {
         let many = !self.each && self.stored + self.others > FEW;
-        if self.quiet || self.json || many {
-            if many && !self.told && !self.quiet && !self.json {
-                self.told = true;
-                self.console
-                    .line("further files are not listed here; -v lists each");
-            }
+        if self.json || self.console.is_quiet() {
             return;
         }
-        self.line(text);
+        if !many {
+            self.line(text);
+        } else if !std::mem::replace(&mut self.told, true) {
+            self.console
+                .note("further files are not listed here; -v lists each");
+        }
     }
 
     /// Reports that a file has failed.
@@ -825,7 +807,7 @@ impl Report {
             return;
         }
         let explained = Explained::of(error);
-        tracing::info!(path, error = explained.text, "not {}", self.did);
+        tracing::info!(path, error = explained.text, "not stored");
         self.json(&Line::File(FileLine {
             status: "error",
             path,
@@ -856,14 +838,12 @@ impl Report {
             bytes,
             size: sized.then_some(size),
         });
-        if !self.quiet {
-            let path = output::printable(path);
-            let from = match sized {
-                true => format!("{} %", percent(bytes, size)),
-                false => crate::progress::size(bytes as f64),
-            };
-            self.console.line(&format!("{path}: resumed from {from}"));
-        }
+        let path = output::printable(path);
+        let from = match sized {
+            true => format!("{} %", percent(bytes, size)),
+            false => crate::progress::size(bytes as f64),
+        };
+        self.console.note(&format!("{path}: resumed from {from}"));
     }
 
     fn made(&mut self, path: &str, source: &str, what: Thing, same: bool) {
@@ -910,8 +890,7 @@ impl Report {
             same = outcome.same,
             skipped = outcome.skipped,
             secs = outcome.elapsed.as_secs_f64(),
-            "{}",
-            self.did
+            "stored"
         );
         if self.json {
             self.json(&Line::File(FileLine {
@@ -953,11 +932,11 @@ impl Report {
     fn torn(&mut self, source: &str) {
         self.living.torn += 1;
         tracing::warn!(source, "changed while it was read");
-        if !self.quiet && !self.json {
+        if !self.json {
             let source = output::printable(source);
             let text =
                 format!("warning: {source} changed while it was read: what is stored may be torn");
-            self.console.line(&text);
+            self.console.note(&text);
         }
     }
 
@@ -973,9 +952,9 @@ impl Report {
             asked: &asked,
             got: &got,
         });
-        if !self.quiet && !self.json {
+        if !self.json {
             let path = output::printable(path);
-            self.console.line(&format!(
+            self.console.note(&format!(
                 "warning: {path}: modified {asked}, stored with {got}: the file system there cannot hold the time"
             ));
         }
@@ -1022,7 +1001,7 @@ impl Report {
             }
             Ok(()) => {
                 let total = self.stored + self.others + self.failures.count();
-                let verdict = self.failures.verdict(total, self.did, Some(AGAIN));
+                let verdict = self.failures.verdict(total, "stored", Some(AGAIN));
                 verdict
                     .map_err(|error| self.moving(error))
                     .and_then(|()| self.whole())
@@ -1031,13 +1010,11 @@ impl Report {
         let secs = elapsed.as_secs_f64();
         let sent = if self.dry { 0 } else { self.moved };
         let rate = sent as f64 / secs.max(1e-6);
-        let explained = result.as_ref().err().map(Explained::of);
         self.tell_left();
         if self.json {
-            let kind = explained.as_ref().map(|explained| explained.kind);
-            self.json(&Line::Result {
-                status: Line::status(kind),
-                exit: kind.map_or(0, Kind::code),
+            let explained = result.as_ref().err().map(Explained::of);
+            self.json(&Line::Result(ResultLine {
+                ended: Ended::with(explained.as_ref()),
                 files: self.stored,
                 failed: self.failures.count(),
                 changed: Some(self.living.changed),
@@ -1057,20 +1034,18 @@ impl Report {
                 secs,
                 rate,
                 paths: &self.by_path(secs),
-                error_kind: kind.map(Kind::name),
-                error: explained.as_ref().map(|explained| explained.text.as_str()),
-                hint: explained
-                    .as_ref()
-                    .and_then(|explained| explained.hint.as_deref()),
-            });
+            }));
         }
         // A mirror that did not begin has nothing to sum up.
         let mirrored = self
             .mirror
             .as_ref()
             .is_some_and(|mirror| result.is_ok() || mirror.unchanged + mirror.deleted > 0);
-        if (self.stored > 0 || mirrored) && !self.quiet {
-            self.console.line(&self.summary(secs, rate));
+        if self.stored > 0 || mirrored {
+            self.console.note(&match self.dry {
+                true => self.outlook(),
+                false => self.summary(secs, rate),
+            });
         }
         result?;
         match self.unwritten {
@@ -1081,19 +1056,14 @@ impl Report {
 
     /// An exit code of its own, where everything was stored and some of it may be torn.
     fn whole(&self) -> anyhow::Result<()> {
-        match self.living.torn {
-            0 => Ok(()),
-            torn => {
-                let files = if torn == 1 { "file" } else { "files" };
-                let text = format!(
-                    "{torn} {files} changed while being read, and may be torn as they are {}",
-                    self.did
-                );
-                Err(Failure::new(Kind::Moving, text)
-                    .hint("run it again when nothing writes there")
-                    .into())
-            }
+        if self.living.torn == 0 {
+            return Ok(());
         }
+        let torn = files(self.living.torn);
+        let text = format!("{torn} changed while being read, and may be torn as they are stored");
+        Err(Failure::new(Kind::Moving, text)
+            .hint("run it again when nothing writes there")
+            .into())
     }
 
     /// Has an exit code of its own if only files failed that other programs changed.
@@ -1102,13 +1072,11 @@ impl Report {
         if moving < self.failures.count() || self.mirror.is_none() {
             return error;
         }
-        let files = if moving == 1 { "file" } else { "files" };
-        Failure::new(
-            Kind::Moving,
-            format!("{moving} {files} changed or vanished while being read; all others were {}", self.did),
-        )
-        .hint("run it again when nothing writes there, or pass over vanished ones with --vanished skip")
-        .into()
+        let moving = files(moving);
+        let text = format!("{moving} changed or vanished while being read; all others were stored");
+        Failure::new(Kind::Moving, text)
+            .hint("run it again when nothing writes there, or pass over vanished ones with --vanished skip")
+            .into()
     }
 
     fn tell_left(&mut self) {
@@ -1121,106 +1089,63 @@ impl Report {
             files: left.uploads,
             bytes: left.bytes,
         });
-        if !self.quiet {
-            let files = match left.uploads {
-                1 => "a file",
-                _ => "files",
-            };
-            self.console.line(&format!(
-                "{} of {files} kept in {} to be resumed; to give that up: rm -r {}",
-                size(left.bytes as f64),
-                output::printable(&dir),
-                output::printable(&dir)
-            ));
-        }
+        let files = match left.uploads {
+            1 => "a file",
+            _ => "files",
+        };
+        let (bytes, dir) = (size(left.bytes as f64), output::printable(&dir));
+        self.console.note(&format!(
+            "{bytes} of {files} kept in {dir} to be resumed; to give that up: rm -r {dir}"
+        ));
+    }
+
+    /// The summary of a dry run.
+    fn outlook(&self) -> String {
+        let files = files(self.stored - self.same - self.skipped);
+        let bytes = size(self.moved as f64);
+        let deleted = self.mirror.as_ref().map_or(0, |mirror| mirror.deleted);
+        let rest = [
+            count(deleted, "would be deleted"),
+            count(self.same, ALREADY),
+            count(self.skipped, SKIPPED),
+        ];
+        let first = format!("{files}, {bytes} would be sent");
+        listed(std::iter::once(first).chain(rest.into_iter().flatten()))
     }
 
     fn summary(&self, secs: f64, rate: f64) -> String {
-        let files = if self.stored == 1 { "file" } else { "files" };
-        if self.dry {
-            let count = self.stored - self.same - self.skipped;
-            let files = if count == 1 { "file" } else { "files" };
-            let bytes = size(self.moved as f64);
-            let deleted = match &self.mirror {
-                Some(mirror) if mirror.deleted > 0 => {
-                    format!(", {} would be deleted", mirror.deleted)
-                }
-                _ => String::new(),
-            };
-            return format!(
-                "{count} {files}, {bytes} would be sent{deleted}{}",
-                self.unsent()
-            );
-        }
-        let mut summary = format!(
-            "{} {files}, {} in {secs:.2} s",
-            self.stored,
-            size(self.bytes as f64)
-        );
-        if self.moved > 0 {
-            summary.push_str(&format!(", {}/s", size(rate)));
-        }
-        for path in self.by_path(secs) {
+        let (files, bytes) = (files(self.stored), size(self.bytes as f64));
+        let paths = self.by_path(secs).into_iter().map(|path| {
             let (bytes, rate) = (size(path.bytes as f64), size(path.rate));
-            summary.push_str(&format!(", {bytes} over {} at {rate}/s", path.path));
-        }
-        if self.sent < self.bytes {
-            summary.push_str(&format!(", {} transferred", size(self.sent as f64)));
-        }
-        if self.resumed > 0 {
-            summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));
-        }
-        if self.copied > 0 {
-            summary.push_str(&format!(
-                ", {} copied from old versions",
-                size(self.copied as f64)
-            ));
-        }
-        if self.holes > 0 {
-            summary.push_str(&format!(", {} of holes", size(self.holes as f64)));
-        }
-        match self.reconnects {
-            0 => {}
-            1 => summary.push_str(", connected again once"),
-            count => summary.push_str(&format!(", connected again {count} times")),
-        }
-        if let Some(mirror) = &self.mirror {
-            if mirror.deleted > 0 {
-                summary.push_str(&format!(", {} deleted", mirror.deleted));
-            }
-            summary.push_str(&format!(", {} unchanged", mirror.unchanged));
-        }
-        if self.left_out > 0 {
-            summary.push_str(&format!(", {} left out", self.left_out));
-        }
-        if self.living.vanished > 0 {
-            summary.push_str(&format!(", {} vanished", self.living.vanished));
-        }
-        if self.living.changed > 0 {
-            summary.push_str(&format!(", {} changed meanwhile", self.living.changed));
-        }
-        if self.living.torn > 0 {
-            summary.push_str(&format!(", {} may be torn", self.living.torn));
-        }
-        if self.mapped > 0 {
-            summary.push_str(&format!(", {} under other names", self.mapped));
-        }
-        summary + &self.unsent()
-    }
-
-    /// The part of the summary about files that existed already.
-    fn unsent(&self) -> String {
-        let mut left = String::new();
-        if self.same > 0 {
-            left.push_str(&format!(", {} already there", self.same));
-        }
-        if self.skipped > 0 {
-            left.push_str(&format!(
-                ", {} skipped: other content is there",
-                self.skipped
-            ));
-        }
-        left
+            format!("{bytes} over {} at {rate}/s", path.path)
+        });
+        let sent = size(self.sent as f64);
+        let reconnects = match self.reconnects {
+            0 => None,
+            1 => Some("connected again once".to_owned()),
+            often => Some(format!("connected again {often} times")),
+        };
+        let mirror = self.mirror.as_ref();
+        let rest = [
+            (self.sent < self.bytes).then(|| format!("{sent} transferred")),
+            amount(self.resumed, "resumed"),
+            amount(self.copied, "copied from old versions"),
+            amount(self.holes, "of holes"),
+            reconnects,
+            count(mirror.map_or(0, |mirror| mirror.deleted), "deleted"),
+            mirror.map(|mirror| format!("{} unchanged", mirror.unchanged)),
+            count(self.left_out, "left out"),
+            count(self.living.vanished, "vanished"),
+            count(self.living.changed, "changed meanwhile"),
+            count(self.living.torn, "may be torn"),
+            count(self.mapped, "under other names"),
+            count(self.same, ALREADY),
+            count(self.skipped, SKIPPED),
+        ];
+        let first = format!("{files}, {bytes} in {secs:.2} s");
+        let rate = (self.moved > 0).then(|| format!("{}/s", size(rate)));
+        let parts = std::iter::once(first).chain(rate).chain(paths);
+        listed(parts.chain(rest.into_iter().flatten()))
     }
 
     fn json(&mut self, line: &Line<'_>) {
@@ -1251,6 +1176,24 @@ impl Report {
     }
 }
 
+fn files(count: usize) -> String {
+    output::counted(count as u64, "file", "files")
+}
+
+/// So many of something for the summary, unless there are none.
+fn count(count: usize, what: &str) -> Option<String> {
+    (count > 0).then(|| format!("{count} {what}"))
+}
+
+/// So many bytes of something for the summary, unless there are none.
+fn amount(bytes: u64, what: &str) -> Option<String> {
+    (bytes > 0).then(|| format!("{} {what}", size(bytes as f64)))
+}
+
+fn listed(parts: impl Iterator<Item = String>) -> String {
+    parts.collect::<Vec<_>>().join(", ")
+}
+
 /// The next event of the link; never ready once there are no more.
 async fn next_link(links: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match links {
@@ -1271,6 +1214,10 @@ async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
 const FEW: usize = 20;
 /// Bytes of results that are written at once.
 const UNREAD: usize = 64 << 10;
+/// The part of the summary about files that existed already.
+const ALREADY: &str = "already there";
+const SKIPPED: &str = "skipped: other content is there";
+
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 const AGAIN: &str =
     "run the same command again: it resumes, and transfers nothing twice that is there";

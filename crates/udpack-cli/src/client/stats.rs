@@ -44,10 +44,9 @@ async fn stats(
                     (false, true) => output::line(&short(&stats)),
                     (false, false) => show(&stats),
                 };
-                if written.as_ref().is_err_and(output::is_gone) {
+                if !output::goes_on(written)? {
                     return Ok(());
                 }
-                output::unless_gone(written)?;
                 if !args.watch {
                     break;
                 }

@@ -125,7 +125,7 @@ async fn once(
     console: &Console,
     interrupts: &mut Interrupts,
 ) -> (anyhow::Result<()>, bool) {
-    let mut report = Report::new(console, args.show.json, &args.log, "stored");
+    let mut report = Report::new(console, args.show.json, &args.log);
     report.mirrored();
     report.living(
         args.vanished == VanishedArg::Skip,
@@ -512,8 +512,7 @@ impl Mirror<'_> {
         notes: Option<mpsc::Receiver<Note>>,
         report: &mut Report,
     ) {
-        let (show, quiet) = (&self.args.show, self.args.log.quiet);
-        let mut meter = Meter::new(show.progress, quiet, self.console);
+        let mut meter = Meter::new(self.args.show.progress, self.console);
         let origins = Origins::default();
         match &self.store {
             None => {

@@ -12,7 +12,7 @@ use super::failures::Failures;
 use super::plan::{Asked, Plan};
 use crate::args::VerifyArgs;
 use crate::exit::{Explained, Failure, Kind};
-use crate::json::{FileLine, Line};
+use crate::json::{Ended, FileLine, Line, ResultLine};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::size;
@@ -102,43 +102,20 @@ pub(super) async fn run(
     let secs = began.elapsed().as_secs_f64();
     if args.json {
         let explained = result.as_ref().err().map(Explained::of);
-        let kind = explained.as_ref().map(|explained| explained.kind);
-        output::unless_gone(output::json(&Line::Result {
-            status: Line::status(kind),
-            exit: kind.map_or(0, Kind::code),
+        output::unless_gone(output::json(&Line::Result(ResultLine {
+            ended: Ended::with(explained.as_ref()),
             files: tally.same,
             failed: tally.wrong + tally.failures.count(),
-            changed: None,
-            torn: None,
-            mapped: None,
-            vanished: None,
-            left_out: None,
-            unchanged: None,
-            deleted: None,
             bytes: tally.bytes,
-            sent: 0,
-            resumed: 0,
-            copied: 0,
-            holes: 0,
-            same: 0,
-            reconnects: None,
             secs,
             rate: tally.bytes as f64 / secs.max(1e-6),
-            paths: &[],
-            error_kind: kind.map(Kind::name),
-            error: explained.as_ref().map(|explained| explained.text.as_str()),
-            hint: explained
-                .as_ref()
-                .and_then(|explained| explained.hint.as_deref()),
-        }))?;
+            ..ResultLine::default()
+        })))?;
     }
-    if !args.log.quiet && tally.same > 0 {
-        console.line(&format!(
-            "{} {} the same, {} in {secs:.2} s",
-            tally.same,
-            if tally.same == 1 { "file" } else { "files" },
-            size(tally.bytes as f64)
-        ));
+    if tally.same > 0 {
+        let files = output::counted(tally.same as u64, "file", "files");
+        let bytes = size(tally.bytes as f64);
+        console.note(&format!("{files} the same, {bytes} in {secs:.2} s"));
     }
     result
 }

@@ -123,10 +123,9 @@ fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
             }
             output::line(&line)
         };
-        if written.as_ref().is_err_and(output::is_gone) {
+        if !output::goes_on(written)? {
             break;
         }
-        output::unless_gone(written)?;
     }
     Ok(())
 }

@@ -36,10 +36,9 @@ fn list(args: &UploadsDirArgs, console: &Console) -> anyhow::Result<()> {
         } else {
             output::line(&line(&upload))
         };
-        if written.as_ref().is_err_and(output::is_gone) {
+        if !output::goes_on(written)? {
             break;
         }
-        output::unless_gone(written)?;
     }
     Ok(())
 }
