@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, UNIX_EPOCH};
 
 use common::{
     Exited, Running, Server, age, bytes, client, events, exited, named, odd_tree, result, staged,
@@ -375,7 +376,13 @@ fn edit(random: &mut Random, root: &Path) {
             }
             let len = [0, 3, 5_000, 300_000][random.below(4) as usize];
             let seed = u8::try_from(random.below(250)).expect("small");
-            let _ = fs::write(&path, bytes(len, seed));
+            if fs::write(&path, bytes(len, seed)).is_ok() {
+                // Two versions of one size that were written within a tick of the clock could not be told apart.
+                let time = UNIX_EPOCH + Duration::from_secs(1_000_000_000 + random.0 % (1 << 29));
+                let file = fs::File::options().write(true).open(&path);
+                let dated = file.and_then(|file| file.set_modified(time));
+                dated.expect("a time of its own");
+            }
         }
     }
 }
