@@ -30,16 +30,16 @@ export function handled<T>(promise: Promise<T>): Promise<T> {
 
 /** Something may have changed: whoever waits looks again. */
 export class Signal {
-  private waiting: (() => void)[] = [];
+  #waiting: (() => void)[] = [];
 
   /** Resolves at the next `wake`. */
   wait(): Promise<void> {
-    return new Promise((resolve) => this.waiting.push(resolve));
+    return new Promise((resolve) => this.#waiting.push(resolve));
   }
 
   wake(): void {
-    const woken = this.waiting;
-    this.waiting = [];
+    const woken = this.#waiting;
+    this.#waiting = [];
     for (const resolve of woken) {
       resolve();
     }

@@ -1,18 +1,18 @@
 /** Listeners by event. One that throws does not keep the others from being called. */
 
 export class Emitter<Events extends object> {
-  private readonly listeners = new Map<keyof Events, Set<(value: never) => void>>();
+  readonly #listeners = new Map<keyof Events, Set<(value: never) => void>>();
 
   /** Calls `listener` at each `event` until the returned function is called. */
   on<E extends keyof Events>(event: E, listener: (value: Events[E]) => void): () => void {
-    const set = this.listeners.get(event) ?? new Set();
-    this.listeners.set(event, set);
+    const set = this.#listeners.get(event) ?? new Set();
+    this.#listeners.set(event, set);
     set.add(listener as (value: never) => void);
     return () => set.delete(listener as (value: never) => void);
   }
 
   emit<E extends keyof Events>(event: E, value: Events[E]): void {
-    for (const listener of [...(this.listeners.get(event) ?? [])]) {
+    for (const listener of [...(this.#listeners.get(event) ?? [])]) {
       guarded(() => (listener as (value: Events[E]) => void)(value));
     }
   }

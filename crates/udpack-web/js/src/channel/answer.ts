@@ -18,18 +18,18 @@ export class Answer {
   readonly items: ItemQueue<unknown>;
   /** For the items of the answer. */
   readonly credit = new SendCredit();
-  private readonly sender: AskSender;
-  private readonly onOver: () => void;
-  private readonly controller = new AbortController();
-  private readonly stopDeadline: Stop | undefined;
-  private stopPatience: Stop | undefined;
-  private isOver = false;
+  readonly #sender: AskSender;
+  readonly #onOver: () => void;
+  readonly #controller = new AbortController();
+  readonly #stopDeadline: Stop | undefined;
+  #stopPatience: Stop | undefined;
+  #isOver = false;
 
   constructor(sender: AskSender, id: U64, event: string, deadline: number | undefined, onOver: () => void) {
-    this.sender = sender;
+    this.#sender = sender;
     this.id = id;
     this.event = event;
-    this.onOver = onOver;
+    this.#onOver = onOver;
     this.items = new ItemQueue<unknown>(
       sender.clock,
       (bytes) => {
@@ -39,47 +39,47 @@ export class Answer {
       () => {},
     );
     if (deadline !== undefined) {
-      this.stopDeadline = sender.clock.after(deadline, () => this.timeout());
+      this.#stopDeadline = sender.clock.after(deadline, () => this.#timeout());
     }
   }
 
   /** Aborted when the asker lets go, the time is over, or the channel ends. */
   get signal(): AbortSignal {
-    return this.controller.signal;
+    return this.#controller.signal;
   }
 
   get over(): boolean {
-    return this.isOver;
+    return this.#isOver;
   }
 
   /** A handler takes it up, or has taken an item: its own time begins, anew. */
   begin(): void {
-    if (!this.isOver) {
-      this.stopPatience?.();
-      this.stopPatience = this.sender.clock.after(HANDLER_MS, () => this.timeout());
+    if (!this.#isOver) {
+      this.#stopPatience?.();
+      this.#stopPatience = this.#sender.clock.after(HANDLER_MS, () => this.#timeout());
     }
   }
 
   /** The last word. A reply that cannot be sent becomes a fault. */
   async reply(data: unknown): Promise<void> {
-    if (!this.isOver) {
-      await this.last(this.frame('$reply', data));
+    if (!this.#isOver) {
+      await this.#last(this.#frame('$reply', data));
     }
   }
 
   /** One item of the answer. False when nobody wants more. */
   async item(data: unknown): Promise<boolean> {
-    const frame = this.frame('$item', data);
-    if (this.isOver || !(await this.credit.spend(frame.length))) {
+    const frame = this.#frame('$item', data);
+    if (this.#isOver || !(await this.credit.spend(frame.length))) {
       return false;
     }
-    await this.sender.queue(frame);
-    return !this.isOver;
+    await this.#sender.queue(frame);
+    return !this.#isOver;
   }
 
   /** The last word. An error that is no `Fault` becomes `internal`, without details for the peer. */
   async fault(error: unknown): Promise<void> {
-    if (this.isOver) {
+    if (this.#isOver) {
       return;
     }
     if (!(error instanceof Fault)) {
@@ -88,60 +88,60 @@ export class Answer {
     const fault = error instanceof Fault ? error : new Fault('internal', 'the handler failed');
     let frame: Uint8Array;
     try {
-      frame = this.sender.frame('$fault', { code: fault.fault, message: sendable(fault.message, 256), data: fault.data }, this.id);
+      frame = this.#sender.frame('$fault', { code: fault.fault, message: sendable(fault.message, 256), data: fault.data }, this.id);
     } catch (unsent) {
       reportError(unsent);
-      frame = this.sender.frame('$fault', { code: 'internal', message: 'the handler failed' }, this.id);
+      frame = this.#sender.frame('$fault', { code: 'internal', message: 'the handler failed' }, this.id);
     }
-    await this.last(frame);
+    await this.#last(frame);
   }
 
   /** The asker has let go. */
   cancel(): void {
-    void this.end(new Fault('cancelled', 'cancelled by the asker'));
+    void this.#end(new Fault('cancelled', 'cancelled by the asker'));
   }
 
   /** The channel is over: nobody can be answered. */
   abandon(error: unknown): void {
-    if (!this.isOver) {
-      this.close(error);
+    if (!this.#isOver) {
+      this.#close(error);
     }
   }
 
-  private timeout(): void {
-    void this.end(new Fault('timeout', 'the handler took longer than it may'));
+  #timeout(): void {
+    void this.#end(new Fault('timeout', 'the handler took longer than it may'));
   }
 
-  private async end(fault: Fault): Promise<void> {
-    if (this.isOver) {
+  async #end(fault: Fault): Promise<void> {
+    if (this.#isOver) {
       return;
     }
-    const frame = this.sender.frame('$fault', { code: fault.fault, message: fault.message }, this.id);
-    this.close(fault);
-    await this.sender.queue(frame).catch(() => {});
+    const frame = this.#sender.frame('$fault', { code: fault.fault, message: fault.message }, this.id);
+    this.#close(fault);
+    await this.#sender.queue(frame).catch(() => {});
   }
 
-  private async last(frame: Uint8Array): Promise<void> {
-    this.close(undefined);
+  async #last(frame: Uint8Array): Promise<void> {
+    this.#close(undefined);
     // When the channel is over there is nobody to tell.
-    await this.sender.queue(frame).catch(() => {});
+    await this.#sender.queue(frame).catch(() => {});
   }
 
-  private close(error: unknown): void {
-    this.isOver = true;
-    this.stopDeadline?.();
-    this.stopPatience?.();
+  #close(error: unknown): void {
+    this.#isOver = true;
+    this.#stopDeadline?.();
+    this.#stopPatience?.();
     this.credit.end();
     this.items.abort(error);
-    this.onOver();
+    this.#onOver();
     if (error !== undefined) {
-      this.controller.abort(error);
+      this.#controller.abort(error);
     }
   }
 
-  private frame(event: string, data: unknown): Uint8Array {
+  #frame(event: string, data: unknown): Uint8Array {
     try {
-      return this.sender.frame(event, data, this.id);
+      return this.#sender.frame(event, data, this.id);
     } catch (error) {
       if (error instanceof EncodeError && error.code === Code.FRAME_TOO_LARGE) {
         throw new Fault('reply_too_large', error.message);

@@ -42,30 +42,30 @@ class Request {
 }
 
 export class Asked {
-  private readonly sender: AskSender;
-  private readonly open = new Map<U64, Request>();
-  private nextId = 0;
+  readonly #sender: AskSender;
+  readonly #open = new Map<U64, Request>();
+  #nextId = 0;
 
   constructor(sender: AskSender) {
-    this.sender = sender;
+    this.#sender = sender;
   }
 
   /** Requests that wait for an answer. */
   get size(): number {
-    return this.open.size;
+    return this.#open.size;
   }
 
   /** Sends a request. `reply` and `items` end together; whichever nobody looks at is never an unhandled rejection. */
   ask(event: string, data: unknown, options: AskOptions): { reply: Promise<unknown>; items: ItemQueue<unknown> } {
     const { timeout = REQUEST_MS, signal } = options;
-    const id = this.nextId;
+    const id = this.#nextId;
     const deadline = Number.isFinite(timeout) ? Math.max(0, Math.ceil(timeout)) : undefined;
-    const frame = this.sender.frame(event, data, id, deadline);
-    this.nextId += 1;
+    const frame = this.#sender.frame(event, data, id, deadline);
+    this.#nextId += 1;
     const items = new ItemQueue<unknown>(
-      this.sender.clock,
-      (bytes) => this.sender.queueNow(this.sender.frame('$credit', bytes, id)),
-      () => this.cancel(id, new Fault('cancelled', 'the answer is no longer wanted')),
+      this.#sender.clock,
+      (bytes) => this.#sender.queueNow(this.#sender.frame('$credit', bytes, id)),
+      () => this.#cancel(id, new Fault('cancelled', 'the answer is no longer wanted')),
     );
     const request = new Request(items);
     const stops: Stop[] = [];
@@ -74,20 +74,20 @@ export class Asked {
         stop();
       }
     };
-    this.open.set(id, request);
+    this.#open.set(id, request);
     if (deadline !== undefined) {
-      stops.push(this.sender.clock.after(deadline, () => this.cancel(id, new TimeoutError(event))));
+      stops.push(this.#sender.clock.after(deadline, () => this.#cancel(id, new TimeoutError(event))));
     }
     if (signal) {
-      const abort = (): void => this.cancel(id, signal.reason);
+      const abort = (): void => this.#cancel(id, signal.reason);
       if (signal.aborted) {
-        this.over(id, signal.reason);
+        this.#over(id, signal.reason);
         return { reply: request.reply.promise, items };
       }
       signal.addEventListener('abort', abort, { once: true });
       stops.push(() => signal.removeEventListener('abort', abort));
     }
-    void this.send(id, request, frame, options.items);
+    void this.#send(id, request, frame, options.items);
     return { reply: request.reply.promise, items };
   }
 
@@ -99,7 +99,7 @@ export class Asked {
     if (event === '$want' && !isU64(data)) {
       throw new WireError(Code.BAD_MESSAGE, '$want: its data is an integer from 0');
     }
-    const request = this.open.get(id);
+    const request = this.#open.get(id);
     if (request === undefined) {
       return;
     }
@@ -108,9 +108,9 @@ export class Asked {
     } else if (event === '$want') {
       request.pushes.give(data as U64);
     } else if (fault) {
-      this.over(id, new Fault(fault.fault, fault.message, fault.data));
+      this.#over(id, new Fault(fault.fault, fault.message, fault.data));
     } else {
-      this.close(id);
+      this.#close(id);
       request.items.end();
       request.reply.resolve(data);
     }
@@ -118,55 +118,55 @@ export class Asked {
 
   /** Nobody reads what came before the answers, and there is no room for more. */
   backlog(): void {
-    for (const id of [...this.open.keys()]) {
-      this.cancel(id, new BacklogError());
+    for (const id of [...this.#open.keys()]) {
+      this.#cancel(id, new BacklogError());
     }
   }
 
   /** The channel is over. */
   fail(error: unknown): void {
-    for (const id of [...this.open.keys()]) {
-      this.over(id, error);
+    for (const id of [...this.#open.keys()]) {
+      this.#over(id, error);
     }
   }
 
-  private async send(id: U64, request: Request, frame: Uint8Array, pushes: AskOptions['items']): Promise<void> {
+  async #send(id: U64, request: Request, frame: Uint8Array, pushes: AskOptions['items']): Promise<void> {
     try {
-      await this.sender.queue(frame);
+      await this.#sender.queue(frame);
       if (pushes === undefined) {
         return;
       }
       for await (const item of pushes) {
-        const push = this.sender.frame('$push', item, id);
+        const push = this.#sender.frame('$push', item, id);
         if (!(await request.pushes.spend(push.length))) {
           return;
         }
-        await this.sender.queue(push);
+        await this.#sender.queue(push);
       }
-      if (this.open.has(id)) {
-        await this.sender.queue(this.sender.frame('$end', null, id));
+      if (this.#open.has(id)) {
+        await this.#sender.queue(this.#sender.frame('$end', null, id));
       }
     } catch (error) {
-      this.cancel(id, error);
+      this.#cancel(id, error);
     }
   }
 
-  private cancel(id: U64, error: unknown): void {
-    if (this.open.has(id)) {
-      this.over(id, error);
-      handled(this.sender.queue(this.sender.frame('$cancel', null, id)));
+  #cancel(id: U64, error: unknown): void {
+    if (this.#open.has(id)) {
+      this.#over(id, error);
+      handled(this.#sender.queue(this.#sender.frame('$cancel', null, id)));
     }
   }
 
-  private over(id: U64, error: unknown): void {
-    const request = this.close(id);
+  #over(id: U64, error: unknown): void {
+    const request = this.#close(id);
     request?.items.end(error);
     request?.reply.reject(error);
   }
 
-  private close(id: U64): Request | undefined {
-    const request = this.open.get(id);
-    this.open.delete(id);
+  #close(id: U64): Request | undefined {
+    const request = this.#open.get(id);
+    this.#open.delete(id);
     request?.stop();
     request?.pushes.end();
     return request;

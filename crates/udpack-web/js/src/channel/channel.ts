@@ -227,87 +227,87 @@ export class ChannelCore implements AskSender {
   ackedCount = 0;
   /** Bytes that were received since. */
   ackBytes = 0;
-  private readonly host: ChannelHost;
-  private readonly channel: Channel;
-  private readonly inbox = new Inbox<Entry>(RECEIVE);
-  private readonly answers = new Map<U64, Answer>();
+  readonly #host: ChannelHost;
+  readonly #channel: Channel;
+  readonly #inbox = new Inbox<Entry>(RECEIVE);
+  readonly #answers = new Map<U64, Answer>();
   /** Frames that wait for room. */
-  private readonly line: { frame: Uint8Array; turn: Deferred<void> }[] = [];
-  private stream: BidiStream | undefined;
-  private stoppedWith: number | undefined;
-  private use: 'none' | 'handlers' | 'receive' = 'none';
-  private peerOver = false;
-  private notReading = false;
-  private reason: CloseReason | undefined;
+  readonly #line: { frame: Uint8Array; turn: Deferred<void> }[] = [];
+  #stream: BidiStream | undefined;
+  #stoppedWith: number | undefined;
+  #use: 'none' | 'handlers' | 'receive' = 'none';
+  #peerOver = false;
+  #notReading = false;
+  #reason: CloseReason | undefined;
   /** Why it is over when both directions have ended in order. */
-  private orderly: CloseReason | undefined;
+  #orderly: CloseReason | undefined;
 
   constructor(host: ChannelHost, open: Open, channel: Channel) {
-    this.host = host;
+    this.#host = host;
     this.open = open;
-    this.channel = channel;
+    this.#channel = channel;
     this.outbox = new Outbox(open.resumable ? SEND_RESUMABLE : SEND, open.resumable, {
-      stopped: (code) => this.onStopped(code),
+      stopped: (code) => this.#onStopped(code),
       done: () => host.mayForget(channel),
     });
     this.asked = new Asked(this);
   }
 
   get clock(): Clock {
-    return this.host.clock;
+    return this.#host.clock;
   }
 
   /** Why it is over, if it is. */
   get end(): CloseReason | undefined {
-    return this.reason;
+    return this.#reason;
   }
 
   /** Whether this side takes nothing more of a channel whose peer has not ended it. */
   get refusing(): boolean {
-    return this.notReading && !this.peerOver;
+    return this.#notReading && !this.#peerOver;
   }
 
   /** Whether both directions are over, and everything of them is confirmed or need not be. */
   get forgettable(): boolean {
-    return this.reason !== undefined && this.outbox.done && (this.peerOver || this.notReading);
+    return this.#reason !== undefined && this.outbox.done && (this.#peerOver || this.#notReading);
   }
 
   get hasRoom(): boolean {
-    return this.outbox.hasRoom && (!this.open.resumable || this.host.mayQueue());
+    return this.outbox.hasRoom && (!this.open.resumable || this.#host.mayQueue());
   }
 
   frame(event: string, data: unknown, id?: U64, deadline?: number): Uint8Array {
-    return encodeFrame(this.host.sendLimit, event, data, id, deadline, this.outbox.memory);
+    return encodeFrame(this.#host.sendLimit, event, data, id, deadline, this.outbox.memory);
   }
 
   async queue(frame: Uint8Array): Promise<void> {
-    this.checkSending();
-    if (this.line.length === 0 && this.hasRoom) {
+    this.#checkSending();
+    if (this.#line.length === 0 && this.hasRoom) {
       this.outbox.push(frame);
       return;
     }
     const turn = new Deferred<void>();
-    this.line.push({ frame, turn });
-    if (this.line.length === 1) {
-      void this.serveLine();
+    this.#line.push({ frame, turn });
+    if (this.#line.length === 1) {
+      void this.#serveLine();
     }
     await turn.promise;
   }
 
   /** Takes those that wait for room one after the other: who asked first is sent first. */
-  private async serveLine(): Promise<void> {
-    for (let first = this.line[0]; first; first = this.line[0]) {
+  async #serveLine(): Promise<void> {
+    for (let first = this.#line[0]; first; first = this.#line[0]) {
       try {
-        this.checkSending();
+        this.#checkSending();
       } catch (error) {
-        for (const { turn } of this.line.splice(0)) {
+        for (const { turn } of this.#line.splice(0)) {
           turn.reject(error);
         }
         return;
       }
       if (this.hasRoom) {
         this.outbox.push(first.frame);
-        this.line.shift();
+        this.#line.shift();
         first.turn.resolve();
       } else {
         await this.outbox.changed.wait();
@@ -317,7 +317,7 @@ export class ChannelCore implements AskSender {
 
   /** Refuses to let more wait than a program means to that looks at what `send` returns. */
   checkLine(): void {
-    if (this.line.length >= LINE) {
+    if (this.#line.length >= LINE) {
       throw new BacklogError(`${LINE} messages wait for room in the queue already: await what send returns`);
     }
   }
@@ -328,47 +328,47 @@ export class ChannelCore implements AskSender {
 
   ask(event: string, data: unknown, options: AskOptions): { reply: Promise<unknown>; items: ItemQueue<unknown> } {
     const asked = this.asked.ask(event, data, options);
-    if (this.peerOver) {
-      this.asked.fail(new ClosedError(this.reason ?? new CloseReason(Code.NORMAL, 'the peer has finished', 'peer')));
+    if (this.#peerOver) {
+      this.asked.fail(new ClosedError(this.#reason ?? new CloseReason(Code.NORMAL, 'the peer has finished', 'peer')));
     }
     return asked;
   }
 
   async flush(): Promise<void> {
     while (!this.outbox.flushed) {
-      this.checkOpen();
+      this.#checkOpen();
       await this.outbox.changed.wait();
     }
   }
 
   /** Resolves when what was queued before the end is with the transport, or never can be. */
   async sent(): Promise<void> {
-    while (!this.outbox.flushed && this.stream !== undefined) {
+    while (!this.outbox.flushed && this.#stream !== undefined) {
       await this.outbox.changed.wait();
     }
   }
 
   on(event: string, handler: Handler): void {
-    if (this.use === 'receive') {
+    if (this.#use === 'receive') {
       throw new UsageError('this channel is read with receive or for await');
     }
     this.handlers.on(event, handler);
-    if (this.use === 'none') {
-      this.use = 'handlers';
+    if (this.#use === 'none') {
+      this.#use = 'handlers';
       // Behind the present code, so that it can name all handlers.
-      queueMicrotask(() => void this.handlers.run(() => this.next()).then(() => this.onHandled()));
+      queueMicrotask(() => void this.handlers.run(() => this.#next()).then(() => this.#onHandled()));
     }
   }
 
   async receive(): Promise<Message | null> {
-    if (this.use === 'handlers') {
+    if (this.#use === 'handlers') {
       throw new UsageError('this channel is read by handlers');
     }
-    this.use = 'receive';
-    const message = await this.next();
+    this.#use = 'receive';
+    const message = await this.#next();
     if (message === undefined) {
-      if (this.reason && this.reason.code !== Code.NORMAL) {
-        throw new ClosedError(this.reason);
+      if (this.#reason && this.#reason.code !== Code.NORMAL) {
+        throw new ClosedError(this.#reason);
       }
       return null;
     }
@@ -381,54 +381,54 @@ export class ChannelCore implements AskSender {
 
   /** Ends this direction; once the peer has ended its own, the channel is over for this reason, the first that was given. */
   wind(reason: CloseReason): void {
-    this.orderly ??= reason;
+    this.#orderly ??= reason;
     this.outbox.finish();
-    if (this.peerOver) {
-      this.conclude(reason);
+    if (this.#peerOver) {
+      this.#conclude(reason);
     }
-    this.host.mayForget(this.channel);
+    this.#host.mayForget(this.#channel);
   }
 
   /** Ends it from this side: `$close`, the end, and no more reading. */
   close(reason: CloseReason): void {
-    if (this.reason !== undefined) {
+    if (this.#reason !== undefined) {
       return;
     }
     if (!this.outbox.ended) {
-      this.outbox.push(encodeFrame(this.host.sendLimit, '$close', { code: reason.code, text: sendable(reason.text) }));
+      this.outbox.push(encodeFrame(this.#host.sendLimit, '$close', { code: reason.code, text: sendable(reason.text) }));
       this.outbox.finish();
     }
-    this.stopReading(reason.code);
-    this.inbox.clear();
-    this.conclude(reason);
+    this.#stopReading(reason.code);
+    this.#inbox.clear();
+    this.#conclude(reason);
   }
 
   /** Ends it without a word: the connection is lost, or the session. */
   abandon(reason: CloseReason): void {
     this.detach();
     this.outbox.refuse();
-    this.notReading = true;
-    this.conclude(reason);
+    this.#notReading = true;
+    this.#conclude(reason);
   }
 
   /** Begins on its first stream, or goes on over another, at whose begin `reader` may stand already. */
   attach(stream: BidiStream, reader?: FrameReader): void {
     this.detach();
-    this.stream = stream;
+    this.#stream = stream;
     this.outbox.attach(stream.send);
-    this.readOn(stream, reader ?? this.reader(stream), false);
+    this.#readOn(stream, reader ?? this.#reader(stream), false);
   }
 
   /** Goes on over another stream once the acceptor has said in `$resume` what it has. */
   reattach(stream: BidiStream): void {
     this.detach();
-    this.stream = stream;
-    void this.read(stream, this.reader(stream), true);
+    this.#stream = stream;
+    void this.#read(stream, this.#reader(stream), true);
   }
 
   /** Leaves the stream for a newer one: nothing of it counts any more. */
   leaveStream(): void {
-    const old = this.stream;
+    const old = this.#stream;
     this.detach();
     old?.receive.stop(Code.NORMAL);
     handled(old?.send.finish() ?? Promise.resolve());
@@ -436,72 +436,72 @@ export class ChannelCore implements AskSender {
 
   /** Whether it has a stream on the present connection. */
   get attached(): boolean {
-    return this.stream !== undefined;
+    return this.#stream !== undefined;
   }
 
   /** Whether the peer's direction has ended. */
   get peerFinished(): boolean {
-    return this.peerOver;
+    return this.#peerOver;
   }
 
-  private reader(stream: BidiStream): FrameReader {
-    return new FrameReader(stream.receive, this.host.receiveLimit, this.clock, this.host.heard);
+  #reader(stream: BidiStream): FrameReader {
+    return new FrameReader(stream.receive, this.#host.receiveLimit, this.clock, this.#host.heard);
   }
 
-  private readOn(stream: BidiStream, reader: FrameReader, awaitsResume: boolean): void {
-    if (this.notReading) {
-      this.stopReading(Code.NORMAL);
+  #readOn(stream: BidiStream, reader: FrameReader, awaitsResume: boolean): void {
+    if (this.#notReading) {
+      this.#stopReading(Code.NORMAL);
     } else {
-      void this.read(stream, reader, awaitsResume);
+      void this.#read(stream, reader, awaitsResume);
     }
   }
 
   /** The stream is gone; nothing of it counts any more. */
   detach(): void {
-    this.stream = undefined;
+    this.#stream = undefined;
     this.outbox.detach();
   }
 
-  private checkOpen(): void {
-    if (this.reason !== undefined) {
-      throw new ClosedError(this.reason);
+  #checkOpen(): void {
+    if (this.#reason !== undefined) {
+      throw new ClosedError(this.#reason);
     }
   }
 
-  private checkSending(): void {
-    this.checkOpen();
-    if (this.stoppedWith !== undefined) {
-      throw new ClosedError(new CloseReason(this.stoppedWith, 'the peer takes nothing more', 'peer'));
+  #checkSending(): void {
+    this.#checkOpen();
+    if (this.#stoppedWith !== undefined) {
+      throw new ClosedError(new CloseReason(this.#stoppedWith, 'the peer takes nothing more', 'peer'));
     }
     if (this.outbox.ended) {
-      if (this.orderly && this.orderly.code !== Code.NORMAL) {
-        throw new ClosedError(this.orderly);
+      if (this.#orderly && this.#orderly.code !== Code.NORMAL) {
+        throw new ClosedError(this.#orderly);
       }
       throw new UsageError('this direction of the channel is finished');
     }
   }
 
   /** The next message that is still of interest. */
-  private async next(): Promise<Message | undefined> {
+  async #next(): Promise<Message | undefined> {
     while (true) {
-      const entry = await this.inbox.take();
+      const entry = await this.#inbox.take();
       if (entry?.pass) {
         entry.pass();
       } else if (!entry?.answer?.over) {
         entry?.answer?.begin();
-        this.host.history?.taken(this.channel, entry?.message);
+        this.#host.history?.taken(this.#channel, entry?.message);
         return entry?.message;
       }
     }
   }
 
-  private async read(stream: BidiStream, reader: FrameReader, expectResume: boolean): Promise<void> {
-    const stale = (): boolean => this.stream !== stream;
+  async #read(stream: BidiStream, reader: FrameReader, expectResume: boolean): Promise<void> {
+    const stale = (): boolean => this.#stream !== stream;
     let awaitsResume = expectResume;
     try {
-      while (!stale() && (awaitsResume || !this.notReading)) {
+      while (!stale() && (awaitsResume || !this.#notReading)) {
         const body = await reader.next();
-        if (stale() || (this.notReading && !awaitsResume)) {
+        if (stale() || (this.#notReading && !awaitsResume)) {
           // The end of a stream that this side has stopped is no end of the peer's.
           return;
         }
@@ -509,47 +509,47 @@ export class ChannelCore implements AskSender {
           if (awaitsResume) {
             throw new WireError(Code.PROTOCOL_ORDER, 'the stream ended where $resume belongs');
           }
-          this.onFinished();
+          this.#onFinished();
           return;
         }
         const message = decodeMessage(body);
         if (awaitsResume && message.event !== '$close') {
-          this.onResume(message, stream);
+          this.#onResume(message, stream);
           awaitsResume = false;
-          if (this.notReading) {
-            this.stopReading(Code.NORMAL);
+          if (this.#notReading) {
+            this.#stopReading(Code.NORMAL);
           }
-        } else if (!(await this.take(message, body.length + 4, stream, stale))) {
+        } else if (!(await this.#take(message, body.length + 4, stream, stale))) {
           return;
         }
       }
     } catch (error) {
-      if (stale() || (this.notReading && !awaitsResume)) {
+      if (stale() || (this.#notReading && !awaitsResume)) {
         return;
       }
       if (error instanceof WireError) {
         this.close(new CloseReason(error.code, error.message, 'local'));
       } else if (error instanceof StreamEnd) {
-        this.onClosed(stream, new CloseReason(error.code, '', 'peer'));
+        this.#onClosed(stream, new CloseReason(error.code, '', 'peer'));
       }
       // Otherwise the connection is over, which the session sees.
     }
   }
 
   /** Takes in one message. False when nothing more is to be read. */
-  private async take(message: WireMessage, size: number, stream: BidiStream, stale: () => boolean): Promise<boolean> {
+  async #take(message: WireMessage, size: number, stream: BidiStream, stale: () => boolean): Promise<boolean> {
     const { event } = message;
-    const { history } = this.host;
-    const pass = this.passes(message) ?? history?.passes(this.channel, message, fieldsOf);
+    const { history } = this.#host;
+    const pass = this.#passes(message) ?? history?.passes(this.#channel, message, fieldsOf);
     if (ASKER_SIDE.has(event)) {
       this.asked.take(message, size);
     } else if (ANSWERER_SIDE.has(event)) {
-      this.forAnswer(message, size);
+      this.#forAnswer(message, size);
     } else if (event === '$close') {
       const reason = decodeClose(message);
-      this.peerOver = true;
-      this.count(2, size);
-      this.onClosed(stream, reason);
+      this.#peerOver = true;
+      this.#count(2, size);
+      this.#onClosed(stream, reason);
       return false;
     } else if (ELSEWHERE.has(event)) {
       throw new WireError(Code.PROTOCOL_ORDER, `${event} has no place here`);
@@ -557,47 +557,47 @@ export class ChannelCore implements AskSender {
       throw new WireError(Code.BAD_MESSAGE, 'an unknown event of the protocol');
     } else {
       const gap = event === '$gap' ? (history?.gap(message, fieldsOf) ?? decodeGap(message)) : undefined;
-      while (!(this.inbox.hasRoom && this.answers.size < ANSWERS)) {
+      while (!(this.#inbox.hasRoom && this.#answers.size < ANSWERS)) {
         if (this.asked.size > 0) {
           this.asked.backlog();
         }
-        await this.inbox.changed.wait();
-        if (stale() || this.notReading) {
+        await this.#inbox.changed.wait();
+        if (stale() || this.#notReading) {
           return false;
         }
       }
-      this.inbox.push(pass ? { pass } : this.entry(message, size, gap), size);
+      this.#inbox.push(pass ? { pass } : this.#entry(message, size, gap), size);
     }
-    this.count(1, size);
+    this.#count(1, size);
     return true;
   }
 
   /** What the application passes by when it comes to this message. */
-  private passes(message: WireMessage): (() => void) | undefined {
+  #passes(message: WireMessage): (() => void) | undefined {
     if (message.event === '$mark') {
       const mark = decodeMark(message);
-      return () => this.host.passed(this.channel, mark);
+      return () => this.#host.passed(this.#channel, mark);
     }
     return undefined;
   }
 
-  private entry(message: WireMessage, size: number, gap: Gap | undefined): Entry {
+  #entry(message: WireMessage, size: number, gap: Gap | undefined): Entry {
     const { event, id, deadline } = message;
     const data = message.data;
     if (id === undefined) {
       return { message: new Message(event, data, size, undefined, gap) };
     }
     const answer = new Answer(this, id, event, deadline, () => {
-      this.answers.delete(id);
-      this.inbox.changed.wake();
+      this.#answers.delete(id);
+      this.#inbox.changed.wake();
     });
-    this.answers.set(id, answer);
+    this.#answers.set(id, answer);
     return { message: new Message(event, data, size, answer), answer };
   }
 
-  private forAnswer(message: WireMessage, size: number): void {
+  #forAnswer(message: WireMessage, size: number): void {
     const { event, data } = message;
-    const answer = this.answers.get(needId(message));
+    const answer = this.#answers.get(needId(message));
     if (event === '$credit' && !isU64(data)) {
       throw new WireError(Code.BAD_MESSAGE, '$credit: its data is an integer from 0');
     }
@@ -613,24 +613,24 @@ export class ChannelCore implements AskSender {
     }
   }
 
-  private count(frames: number, bytes: number): void {
+  #count(frames: number, bytes: number): void {
     if (this.open.resumable) {
       this.receivedCount += frames;
       this.ackBytes += bytes;
-      this.host.received(this.channel, bytes);
+      this.#host.received(this.#channel, bytes);
     }
   }
 
   /** The first frame on a stream that goes on. */
-  private onResume(message: WireMessage, stream: BidiStream): void {
+  #onResume(message: WireMessage, stream: BidiStream): void {
     const { received, done } = decodeResume(message);
     if (done) {
       // The acceptor has forgotten it: both directions had ended there, and everything was received.
-      this.peerOver = true;
+      this.#peerOver = true;
       this.outbox.refuse();
-      this.inbox.end();
-      this.conclude(new CloseReason(Code.NORMAL, '', 'peer'));
-      this.host.mayForget(this.channel);
+      this.#inbox.end();
+      this.#conclude(new CloseReason(Code.NORMAL, '', 'peer'));
+      this.#host.mayForget(this.#channel);
     } else if (this.outbox.told(received, 'stream') === 'mismatch') {
       throw new WireError(Code.RESUME_MISMATCH, 'the peer has received what was not sent');
     }
@@ -638,68 +638,68 @@ export class ChannelCore implements AskSender {
   }
 
   /** The peer has ended its direction in order: it answers nothing more. */
-  private onFinished(): void {
-    this.peerOver = true;
-    this.count(1, 0);
-    this.inbox.end();
+  #onFinished(): void {
+    this.#peerOver = true;
+    this.#count(1, 0);
+    this.#inbox.end();
     this.asked.fail(new ClosedError(new CloseReason(Code.NORMAL, 'the peer has finished', 'peer')));
-    if (this.stoppedWith !== undefined) {
-      this.conclude(new CloseReason(this.stoppedWith, '', 'peer'));
+    if (this.#stoppedWith !== undefined) {
+      this.#conclude(new CloseReason(this.#stoppedWith, '', 'peer'));
     } else if (this.outbox.ended) {
-      this.conclude(this.orderly ?? new CloseReason(Code.NORMAL, '', 'peer'));
+      this.#conclude(this.#orderly ?? new CloseReason(Code.NORMAL, '', 'peer'));
     }
-    this.host.mayForget(this.channel);
+    this.#host.mayForget(this.#channel);
   }
 
   /** The peer has closed it: it reads nothing more of this side. */
-  private onClosed(stream: BidiStream, reason: CloseReason): void {
-    this.peerOver = true;
+  #onClosed(stream: BidiStream, reason: CloseReason): void {
+    this.#peerOver = true;
     this.outbox.detach();
     stream.send.reset(reason.code);
     this.outbox.refuse();
-    this.conclude(reason);
+    this.#conclude(reason);
   }
 
   /** The peer has stopped this side's direction. What it still says is read first, and tells why. */
-  private onStopped(code: number): void {
-    this.stoppedWith = code;
+  #onStopped(code: number): void {
+    this.#stoppedWith = code;
     this.outbox.changed.wake();
-    if (this.peerOver || this.notReading) {
-      this.conclude(new CloseReason(code, '', 'peer'));
+    if (this.#peerOver || this.#notReading) {
+      this.#conclude(new CloseReason(code, '', 'peer'));
     }
-    this.host.mayForget(this.channel);
+    this.#host.mayForget(this.#channel);
   }
 
   /** The handlers have seen everything that came. */
-  private onHandled(): void {
-    if (this.reason === undefined) {
+  #onHandled(): void {
+    if (this.#reason === undefined) {
       this.finish();
     }
   }
 
-  private stopReading(code: number): void {
-    this.notReading = true;
-    this.inbox.changed.wake();
-    if (!this.peerOver) {
-      this.stream?.receive.stop(code);
+  #stopReading(code: number): void {
+    this.#notReading = true;
+    this.#inbox.changed.wake();
+    if (!this.#peerOver) {
+      this.#stream?.receive.stop(code);
       if (this.open.resumable) {
-        this.host.received(this.channel, 0);
+        this.#host.received(this.#channel, 0);
       }
     }
   }
 
-  private conclude(reason: CloseReason): void {
-    if (this.reason === undefined) {
-      this.reason = reason;
+  #conclude(reason: CloseReason): void {
+    if (this.#reason === undefined) {
+      this.#reason = reason;
       const error = new ClosedError(reason);
       this.asked.fail(error);
-      for (const answer of [...this.answers.values()]) {
+      for (const answer of [...this.#answers.values()]) {
         answer.abandon(error);
       }
-      this.inbox.end();
+      this.#inbox.end();
       this.outbox.changed.wake();
       this.closed.resolve(reason);
     }
-    this.host.mayForget(this.channel);
+    this.#host.mayForget(this.#channel);
   }
 }

@@ -9,39 +9,39 @@ import { type Message } from './message.js';
 export type Handler = (data: never, message: Message) => unknown;
 
 export class Handlers {
-  private readonly byEvent = new Map<string, Handler>();
-  private running = 0;
-  private readonly changed = new Signal();
+  readonly #byEvent = new Map<string, Handler>();
+  #running = 0;
+  readonly #changed = new Signal();
   /** How many run at once. */
   concurrency = 1;
   /** Events that nobody handles and handlers of plain events that failed. */
   dropped = 0;
 
   on(event: string, handler: Handler): void {
-    this.byEvent.set(event, handler);
+    this.#byEvent.set(event, handler);
   }
 
   /** Runs until `next` gives nothing more, and what was begun is over. */
   async run(next: () => Promise<Message | undefined>): Promise<void> {
     for (let message = await next(); message; message = await next()) {
-      this.running += 1;
-      void this.handle(message).finally(() => {
-        this.running -= 1;
-        this.changed.wake();
+      this.#running += 1;
+      void this.#handle(message).finally(() => {
+        this.#running -= 1;
+        this.#changed.wake();
       });
-      await this.until(() => this.running < Math.max(1, this.concurrency));
+      await this.#until(() => this.#running < Math.max(1, this.concurrency));
     }
-    await this.until(() => this.running === 0);
+    await this.#until(() => this.#running === 0);
   }
 
-  private async until(met: () => boolean): Promise<void> {
+  async #until(met: () => boolean): Promise<void> {
     while (!met()) {
-      await this.changed.wait();
+      await this.#changed.wait();
     }
   }
 
-  private async handle(message: Message): Promise<void> {
-    const handler = this.byEvent.get(message.event);
+  async #handle(message: Message): Promise<void> {
+    const handler = this.#byEvent.get(message.event);
     if (!message.isRequest) {
       if (handler === undefined) {
         this.dropped += 1;
@@ -63,10 +63,10 @@ export class Handlers {
       if (message.signal.aborted) resolve();
       message.signal.addEventListener('abort', () => resolve(), { once: true });
     });
-    await Promise.race([this.answer(handler, message), gone]);
+    await Promise.race([this.#answer(handler, message), gone]);
   }
 
-  private async answer(handler: Handler, message: Message): Promise<void> {
+  async #answer(handler: Handler, message: Message): Promise<void> {
     try {
       const result = await handler(message.data as never, message);
       if (isAsyncIterable(result)) {

@@ -12,51 +12,51 @@ export class Message<Event extends string = string, Data = unknown> {
   readonly size: number;
   /** On `$gap`: so many messages of a room are missing here. */
   readonly gap: Gap | undefined;
-  private readonly answer: Answer | undefined;
+  readonly #answer: Answer | undefined;
 
   constructor(event: Event, data: Data, size: number, answer?: Answer, gap?: Gap) {
     this.event = event;
     this.data = data;
     this.size = size;
-    this.answer = answer;
+    this.#answer = answer;
     this.gap = gap;
   }
 
   /** Whether the peer waits for `reply` or `fault`. */
   get isRequest(): boolean {
-    return this.answer !== undefined;
+    return this.#answer !== undefined;
   }
 
   /** Aborted when the asker lets go, its deadline is over, or the channel ends. Never for a plain event. */
   get signal(): AbortSignal {
-    return this.answer?.signal ?? never;
+    return this.#answer?.signal ?? never;
   }
 
   /** The items that the request carries, in order. Ends with the request. */
   get items(): AsyncIterableIterator<unknown> {
-    return this.asked().items;
+    return this.#asked().items;
   }
 
   /** One item of the answer, before the reply. Waits while the asker is 256 KiB behind; false when it wants no more. */
   item(data: unknown): Promise<boolean> {
-    return this.asked().item(data);
+    return this.#asked().item(data);
   }
 
   /** The answer. Does nothing when the request is over already. */
   reply(data?: unknown): Promise<void> {
-    return this.asked().reply(data);
+    return this.#asked().reply(data);
   }
 
   /** Why there is no answer: a `Fault`, or any error, which the peer hears of as `internal`. */
   fault(error: unknown): Promise<void> {
-    return this.asked().fault(error);
+    return this.#asked().fault(error);
   }
 
-  private asked(): Answer {
-    if (this.answer === undefined) {
+  #asked(): Answer {
+    if (this.#answer === undefined) {
       throw new UsageError(`${this.event} is no request`);
     }
-    return this.answer;
+    return this.#answer;
   }
 }
 

@@ -16,17 +16,17 @@ export interface Heard {
 }
 
 export class FrameReader {
-  private readonly receiver: ByteReceiver;
-  private readonly clock: Clock;
-  private readonly heard: Heard;
-  private readonly decoder: FrameDecoder;
-  private arrived = 0;
+  readonly #receiver: ByteReceiver;
+  readonly #clock: Clock;
+  readonly #heard: Heard;
+  readonly #decoder: FrameDecoder;
+  #arrived = 0;
 
   constructor(receiver: ByteReceiver, limit: number, clock: Clock, heard: Heard) {
-    this.receiver = receiver;
-    this.clock = clock;
-    this.heard = heard;
-    this.decoder = new FrameDecoder(limit);
+    this.#receiver = receiver;
+    this.#clock = clock;
+    this.#heard = heard;
+    this.#decoder = new FrameDecoder(limit);
   }
 
   /**
@@ -35,25 +35,25 @@ export class FrameReader {
    * @throws {WireError} For what is no frame, `StreamEnd` for a reset, `ConnectionEnd`.
    */
   async next(): Promise<Uint8Array | null> {
-    let body = this.decoder.next();
+    let body = this.#decoder.next();
     if (body !== undefined) {
       return body;
     }
     let stop: Stop | undefined;
     const tooSlow = new Promise<never>((_, reject) => {
-      stop = this.watch(() => reject(new WireError(Code.FRAME_TIMEOUT, 'a frame was begun and not completed in time')));
+      stop = this.#watch(() => reject(new WireError(Code.FRAME_TIMEOUT, 'a frame was begun and not completed in time')));
     });
     try {
       while (body === undefined) {
-        const chunk = await Promise.race([this.receiver.read(), tooSlow]);
-        this.heard.at = this.clock.now();
+        const chunk = await Promise.race([this.#receiver.read(), tooSlow]);
+        this.#heard.at = this.#clock.now();
         if (chunk === null) {
-          this.decoder.finish();
+          this.#decoder.finish();
           return null;
         }
-        this.arrived += chunk.length;
-        this.decoder.push(chunk);
-        body = this.decoder.next();
+        this.#arrived += chunk.length;
+        this.#decoder.push(chunk);
+        body = this.#decoder.next();
       }
       return body;
     } finally {
@@ -62,28 +62,28 @@ export class FrameReader {
   }
 
   /** Looks at each half, from when the frame begins: two in a row that count and no growth are too slow. */
-  private watch(late: () => void): Stop {
-    let from = this.arrived;
+  #watch(late: () => void): Stop {
+    let from = this.#arrived;
     let halves = 0;
-    let begun = this.clock.now();
+    let begun = this.#clock.now();
     let stop: Stop = () => {};
     const look = (): void => {
-      const heard = this.heard.at >= begun;
-      begun = this.clock.now();
-      if (!this.decoder.unfinished || !heard) {
+      const heard = this.#heard.at >= begun;
+      begun = this.#clock.now();
+      if (!this.#decoder.unfinished || !heard) {
         halves = 0;
-        from = this.arrived;
+        from = this.#arrived;
       } else if (++halves === 2) {
-        if (this.arrived - from < GROWTH) {
+        if (this.#arrived - from < GROWTH) {
           late();
           return;
         }
         halves = 0;
-        from = this.arrived;
+        from = this.#arrived;
       }
-      stop = this.clock.after(HALF_MS, look);
+      stop = this.#clock.after(HALF_MS, look);
     };
-    stop = this.clock.after(HALF_MS, look);
+    stop = this.#clock.after(HALF_MS, look);
     return () => stop();
   }
 }

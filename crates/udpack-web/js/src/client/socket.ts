@@ -39,32 +39,32 @@ const PRIORITY: Record<'bulk' | 'normal' | 'high', Priority> = { bulk: 0, normal
 export class Socket {
   /** Why it is over. Never rejects. */
   readonly closed: Promise<CloseReason>;
-  private readonly session: Session;
-  private readonly frame: number;
-  private readonly another: (() => Promise<Socket>) | undefined;
-  private readonly volatileListeners = new Set<(message: VolatileMessage) => void>();
+  readonly #session: Session;
+  readonly #frame: number;
+  readonly #another: (() => Promise<Socket>) | undefined;
+  readonly #volatileListeners = new Set<(message: VolatileMessage) => void>();
 
   /** Made by `connect`. */
   constructor(session: Session, frame: number, another?: () => Promise<Socket>) {
-    this.session = session;
-    this.frame = frame;
-    this.another = another;
+    this.#session = session;
+    this.#frame = frame;
+    this.#another = another;
     this.closed = session.closed.promise;
     session.volatiles.deliver = (message) => {
-      for (const listener of [...this.volatileListeners]) {
+      for (const listener of [...this.#volatileListeners]) {
         guarded(() => listener(message));
       }
-      return this.volatileListeners.size > 0;
+      return this.#volatileListeners.size > 0;
     };
   }
 
   get state(): SocketState {
-    return this.session.state;
+    return this.#session.state;
   }
 
   /** What carries the socket now. Not there without a connection, and where `dial` does not say it. */
   get transport(): 'webtransport' | 'wss' | undefined {
-    return this.session.via;
+    return this.#session.via;
   }
 
   /**
@@ -72,22 +72,22 @@ export class Socket {
    * connection. Gives nothing where this one's `transport` is not `auto`. Rejects with `ConnectError`.
    */
   overTcp(): Promise<Socket> | undefined {
-    return this.another?.();
+    return this.#another?.();
   }
 
   /** The session's id, 32 hexadecimal digits. It stays when the session is resumed. */
   get sessionId(): string {
-    return this.session.id ?? '';
+    return this.#session.id ?? '';
   }
 
   /** Calls `listener` at each event until the returned function is called. */
   on<E extends keyof SocketEvents>(event: E, listener: (value: SocketEvents[E]) => void): () => void {
     if (event === 'volatile') {
       const volatile = listener as (message: VolatileMessage) => void;
-      this.volatileListeners.add(volatile);
-      return () => void this.volatileListeners.delete(volatile);
+      this.#volatileListeners.add(volatile);
+      return () => void this.#volatileListeners.delete(volatile);
     }
-    return this.session.on(event as 'state' | 'goaway', listener as (value: SocketState | GoAway) => void);
+    return this.#session.on(event as 'state' | 'goaway', listener as (value: SocketState | GoAway) => void);
   }
 
   /**
@@ -98,7 +98,7 @@ export class Socket {
   async open<In extends EventMap = EventMap, Out extends EventMap = EventMap>(name: string, options: OpenOptions = {}): Promise<Channel<In, Out>> {
     checkEvent(name);
     const { meta, priority = 'normal', resumable = true, since, signal } = options;
-    const channel = await this.session.open({ name, meta, priority: PRIORITY[priority], resumable, since }, signal);
+    const channel = await this.#session.open({ name, meta, priority: PRIORITY[priority], resumable, since }, signal);
     return channel as unknown as Channel<In, Out>;
   }
 
@@ -108,7 +108,7 @@ export class Socket {
    * @throws {EncodeError}
    */
   sendVolatile(event: string, data?: unknown): void {
-    this.volatile(event, data, undefined);
+    this.#volatile(event, data, undefined);
   }
 
   /** The same, with a place of its own for each key: positions of several, say. */
@@ -116,40 +116,40 @@ export class Socket {
     if (!isName(key)) {
       throw new EncodeError('a key has 1 to 128 bytes and no control characters');
     }
-    this.volatile(event, data, key);
+    this.#volatile(event, data, key);
   }
 
   /** The next volatile message, the latest of its event and key; `undefined` when the socket is over. */
   receiveVolatile(): Promise<VolatileMessage | undefined> {
-    return this.session.volatiles.receive();
+    return this.#session.volatiles.receive();
   }
 
   /** Volatile messages that gave way here, to newer ones or for want of room, or broke a rule. */
   get droppedVolatile(): number {
-    return this.session.volatiles.dropped;
+    return this.#session.volatiles.dropped;
   }
 
   /** Presents a new token of the same identity. Rejects with `RefreshError` when it is refused: the one before stays good. */
   refresh(token: string): Promise<void> {
-    return this.session.token.refresh(token);
+    return this.#session.token.refresh(token);
   }
 
   /** While it waits to reconnect: tries now. For when the program knows better, as by the browser's `online` event. */
   reconnectNow(): void {
-    this.session.reconnectNow();
+    this.#session.reconnectNow();
   }
 
   /** Ends the socket in order: what is queued is sent first, for 5 seconds at most. Resolves with why it is over. */
   close(code: number = Code.NORMAL, text = ''): Promise<CloseReason> {
-    return this.session.close(new CloseReason(code, text, 'local'));
+    return this.#session.close(new CloseReason(code, text, 'local'));
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.close();
   }
 
-  private volatile(event: string, data: unknown, key: string | undefined): void {
+  #volatile(event: string, data: unknown, key: string | undefined): void {
     checkEvent(event);
-    this.session.volatiles.send(this.frame, event, data, key);
+    this.#session.volatiles.send(this.#frame, event, data, key);
   }
 }

@@ -11,55 +11,55 @@ const GATHER_MS = 5;
 const CONTROL_FRAME = 4096;
 
 export class Acks {
-  private readonly clock: Clock;
-  private readonly due = new Set<Channel>();
-  private readonly marks = new Map<Channel, U64>();
-  private control: Outbox | undefined;
-  private stop: Stop | undefined;
+  readonly #clock: Clock;
+  readonly #due = new Set<Channel>();
+  readonly #marks = new Map<Channel, U64>();
+  #control: Outbox | undefined;
+  #stop: Stop | undefined;
 
   constructor(clock: Clock) {
-    this.clock = clock;
+    this.#clock = clock;
   }
 
   /** Confirms on this connection's control stream from now on; on none without one. */
   use(control: Outbox | undefined): void {
-    this.control = control;
-    this.stop?.();
-    this.stop = undefined;
+    this.#control = control;
+    this.#stop?.();
+    this.#stop = undefined;
     if (control === undefined) {
-      this.marks.clear();
-    } else if (this.due.size > 0) {
-      this.soon();
+      this.#marks.clear();
+    } else if (this.#due.size > 0) {
+      this.#soon();
     }
   }
 
   /** The channel has received something, or takes nothing more. */
   received(channel: Channel): void {
-    this.due.add(channel);
+    this.#due.add(channel);
     const core = channel[internals];
     if (core.receivedCount - core.ackedCount >= FRAMES || core.ackBytes >= BYTES) {
       this.now();
     } else {
-      this.soon();
+      this.#soon();
     }
   }
 
   passed(channel: Channel, mark: U64): void {
-    this.marks.set(channel, mark);
-    this.soon();
+    this.#marks.set(channel, mark);
+    this.#soon();
   }
 
   /** Sends all that is due, as far as the control stream has room. */
   now(): void {
-    const { control } = this;
+    const control = this.#control;
     if (control === undefined) {
       return;
     }
-    for (const channel of this.due) {
+    for (const channel of this.#due) {
       if (!control.hasRoom) {
-        return this.soon();
+        return this.#soon();
       }
-      this.due.delete(channel);
+      this.#due.delete(channel);
       const core = channel[internals];
       if (!channel.resumable || (!core.refusing && core.ackedCount === core.receivedCount)) {
         continue;
@@ -69,23 +69,23 @@ export class Acks {
       const received = core.refusing ? U64_MAX : core.receivedCount;
       control.push(encodeFrame(CONTROL_FRAME, '$ack', { channel: channel.id, own: channel.own, received }));
     }
-    for (const [channel, mark] of this.marks) {
+    for (const [channel, mark] of this.#marks) {
       if (!control.hasRoom) {
-        return this.soon();
+        return this.#soon();
       }
-      this.marks.delete(channel);
+      this.#marks.delete(channel);
       control.push(encodeFrame(CONTROL_FRAME, '$passed', { channel: channel.id, own: channel.own, mark }));
     }
   }
 
   forget(channel: Channel): void {
-    this.due.delete(channel);
-    this.marks.delete(channel);
+    this.#due.delete(channel);
+    this.#marks.delete(channel);
   }
 
-  private soon(): void {
-    this.stop ??= this.clock.after(GATHER_MS, () => {
-      this.stop = undefined;
+  #soon(): void {
+    this.#stop ??= this.#clock.after(GATHER_MS, () => {
+      this.#stop = undefined;
       this.now();
     });
   }

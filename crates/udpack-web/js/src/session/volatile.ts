@@ -20,32 +20,32 @@ export interface VolatileMessage {
 
 /** Values by key, the latest of each; the one that has waited longest goes first. */
 class Latest<T> {
-  private readonly values = new Map<string, { value: T; size: number }>();
-  private held = 0;
+  readonly #values = new Map<string, { value: T; size: number }>();
+  #held = 0;
   dropped = 0;
 
   set(key: string, value: T, size: number): void {
-    this.delete(key);
-    this.values.set(key, { value, size });
-    this.held += size;
-    while (this.values.size > KEYS || (this.held > BYTES && this.values.size > 1)) {
+    this.#delete(key);
+    this.#values.set(key, { value, size });
+    this.#held += size;
+    while (this.#values.size > KEYS || (this.#held > BYTES && this.#values.size > 1)) {
       this.shift();
       this.dropped += 1;
     }
   }
 
   shift(): T | undefined {
-    const [first] = this.values;
+    const [first] = this.#values;
     if (first === undefined) {
       return undefined;
     }
-    this.delete(first[0]);
+    this.#delete(first[0]);
     return first[1].value;
   }
 
-  private delete(key: string): void {
-    this.held -= this.values.get(key)?.size ?? 0;
-    this.values.delete(key);
+  #delete(key: string): void {
+    this.#held -= this.#values.get(key)?.size ?? 0;
+    this.#values.delete(key);
   }
 }
 
@@ -54,51 +54,51 @@ function placeOf(event: string, key: string | undefined): string {
 }
 
 export class Volatiles {
-  private readonly out = new Latest<Uint8Array>();
-  private readonly in = new Latest<VolatileMessage>();
+  readonly #out = new Latest<Uint8Array>();
+  readonly #in = new Latest<VolatileMessage>();
   /** The last `seq` that was taken for each event and key, the latest last. */
-  private readonly taken = new Map<string, bigint>();
-  private readonly changed = new Signal();
-  private readonly queued = new Signal();
-  private seq = 0;
-  private broken = 0;
-  private over = false;
+  readonly #taken = new Map<string, bigint>();
+  readonly #changed = new Signal();
+  readonly #queued = new Signal();
+  #seq = 0;
+  #broken = 0;
+  #over = false;
   /** Called with each message instead of queueing it; false queues it. */
   deliver: (message: VolatileMessage) => boolean = () => false;
 
   /** Messages that broke a rule, or gave way to newer ones here. */
   get dropped(): number {
-    return this.broken + this.out.dropped + this.in.dropped;
+    return this.#broken + this.#out.dropped + this.#in.dropped;
   }
 
   /** Queues a value; one that waits for the same event and key gives way. */
   send(limit: number, event: string, data: unknown, key: string | undefined): void {
-    const bytes = encodeVolatile(limit, event, data, this.seq, key);
-    this.seq += 1;
-    this.out.set(placeOf(event, key), bytes, bytes.length);
-    this.queued.wake();
+    const bytes = encodeVolatile(limit, event, data, this.#seq, key);
+    this.#seq += 1;
+    this.#out.set(placeOf(event, key), bytes, bytes.length);
+    this.#queued.wake();
   }
 
   /** The next message that came; `undefined` when the socket is over. */
   async receive(): Promise<VolatileMessage | undefined> {
     while (true) {
-      const message = this.in.shift();
-      if (message !== undefined || this.over) {
+      const message = this.#in.shift();
+      if (message !== undefined || this.#over) {
         return message;
       }
-      await this.changed.wait();
+      await this.#changed.wait();
     }
   }
 
   /** Another session begins: its sender counts anew. */
   forget(): void {
-    this.taken.clear();
+    this.#taken.clear();
   }
 
   end(): void {
-    this.over = true;
-    this.changed.wake();
-    this.queued.wake();
+    this.#over = true;
+    this.#changed.wake();
+    this.#queued.wake();
   }
 
   /** Serves one connection until it is over. */
@@ -106,18 +106,18 @@ export class Volatiles {
     let over = false;
     void connection.closed.then(() => {
       over = true;
-      this.queued.wake();
+      this.#queued.wake();
     });
-    void quietly(this.write(connection, () => over || this.over));
-    void quietly(this.readDatagrams(connection));
-    void quietly(this.readStreams(connection, limit));
+    void quietly(this.#write(connection, () => over || this.#over));
+    void quietly(this.#readDatagrams(connection));
+    void quietly(this.#readStreams(connection, limit));
   }
 
-  private async write(connection: Connection, over: () => boolean): Promise<void> {
+  async #write(connection: Connection, over: () => boolean): Promise<void> {
     while (!over()) {
-      const bytes = this.out.shift();
+      const bytes = this.#out.shift();
       if (bytes === undefined) {
-        await this.queued.wait();
+        await this.#queued.wait();
       } else if (bytes.length <= connection.maxDatagram) {
         await connection.sendDatagram(bytes);
       } else {
@@ -127,13 +127,13 @@ export class Volatiles {
     }
   }
 
-  private async readDatagrams(connection: Connection): Promise<void> {
+  async #readDatagrams(connection: Connection): Promise<void> {
     for (let bytes = await connection.readDatagram(); bytes; bytes = await connection.readDatagram()) {
-      this.take(bytes);
+      this.#take(bytes);
     }
   }
 
-  private async readStreams(connection: Connection, limit: number): Promise<void> {
+  async #readStreams(connection: Connection, limit: number): Promise<void> {
     for (let stream = await connection.acceptUni(); stream; stream = await connection.acceptUni()) {
       const chunks: Uint8Array[] = [];
       let size = 0;
@@ -150,7 +150,7 @@ export class Volatiles {
       }
       if (size > limit) {
         stream.stop(0);
-        this.broken += 1;
+        this.#broken += 1;
         continue;
       }
       const bytes = new Uint8Array(size);
@@ -159,34 +159,34 @@ export class Volatiles {
         bytes.set(chunk, at);
         at += chunk.length;
       }
-      this.take(bytes);
+      this.#take(bytes);
     }
   }
 
-  private take(bytes: Uint8Array): void {
+  #take(bytes: Uint8Array): void {
     let message: WireVolatile;
     try {
       message = decodeVolatile(bytes);
     } catch {
-      this.broken += 1;
+      this.#broken += 1;
       return;
     }
     const { event, data, seq, key } = message;
     const place = placeOf(event, key);
     if (seq !== undefined) {
-      if (BigInt(seq) <= (this.taken.get(place) ?? -1n)) {
+      if (BigInt(seq) <= (this.#taken.get(place) ?? -1n)) {
         return;
       }
-      this.taken.delete(place);
-      this.taken.set(place, BigInt(seq));
-      if (this.taken.size > KEYS) {
-        this.taken.delete(this.taken.keys().next().value as string);
+      this.#taken.delete(place);
+      this.#taken.set(place, BigInt(seq));
+      if (this.#taken.size > KEYS) {
+        this.#taken.delete(this.#taken.keys().next().value as string);
       }
     }
     const told = { event, data, key };
     if (!this.deliver(told)) {
-      this.in.set(place, told, bytes.length);
-      this.changed.wake();
+      this.#in.set(place, told, bytes.length);
+      this.#changed.wake();
     }
   }
 }

@@ -75,60 +75,60 @@ function streamError(code: number): unknown {
 }
 
 class Sender implements ByteSender {
-  private readonly writer: WritableStreamDefaultWriter<Uint8Array>;
-  private readonly finishing: Set<Promise<void>>;
-  private readonly stop = new Deferred<number>();
-  readonly stopped = this.stop.promise;
+  readonly #writer: WritableStreamDefaultWriter<Uint8Array>;
+  readonly #finishing: Set<Promise<void>>;
+  readonly #stop = new Deferred<number>();
+  readonly stopped = this.#stop.promise;
 
   constructor(stream: WritableStream<Uint8Array>, finishing: Set<Promise<void>>) {
-    this.writer = stream.getWriter();
-    this.finishing = finishing;
-    this.writer.closed.catch((error: unknown) => {
+    this.#writer = stream.getWriter();
+    this.#finishing = finishing;
+    this.#writer.closed.catch((error: unknown) => {
       const code = streamCode(error);
       if (code !== undefined) {
-        this.stop.resolve(code);
+        this.#stop.resolve(code);
       }
     });
     // It rejects with the stream; writes tell the same.
-    handled(this.writer.ready);
+    handled(this.#writer.ready);
   }
 
   async write(bytes: Uint8Array): Promise<void> {
     try {
-      await this.writer.write(bytes);
+      await this.#writer.write(bytes);
     } catch (error) {
       throw ended(error);
     }
   }
 
   async finish(): Promise<void> {
-    const closing = this.writer.close();
-    this.finishing.add(closing);
+    const closing = this.#writer.close();
+    this.#finishing.add(closing);
     try {
       await closing;
     } catch (error) {
       throw ended(error);
     } finally {
-      this.finishing.delete(closing);
+      this.#finishing.delete(closing);
     }
   }
 
   reset(code: number): void {
-    handled(this.writer.abort(streamError(code)));
+    handled(this.#writer.abort(streamError(code)));
   }
 }
 
 class Receiver implements ByteReceiver {
-  private readonly reader: ReadableStreamDefaultReader<Uint8Array>;
+  readonly #reader: ReadableStreamDefaultReader<Uint8Array>;
 
   constructor(stream: ReadableStream<Uint8Array>) {
-    this.reader = stream.getReader();
-    handled(this.reader.closed);
+    this.#reader = stream.getReader();
+    handled(this.#reader.closed);
   }
 
   async read(): Promise<Uint8Array | null> {
     try {
-      const { done, value } = await this.reader.read();
+      const { done, value } = await this.#reader.read();
       return done ? null : value;
     } catch (error) {
       throw ended(error);
@@ -136,118 +136,118 @@ class Receiver implements ByteReceiver {
   }
 
   stop(code: number): void {
-    handled(this.reader.cancel(streamError(code)));
+    handled(this.#reader.cancel(streamError(code)));
   }
 }
 
 class WebTransportConnection implements Connection {
   readonly via = 'webtransport';
-  private readonly transport: WebTransport;
-  private readonly clock: Clock;
-  private readonly bidi: ReadableStreamDefaultReader<WebTransportBidirectionalStream>;
-  private readonly uni: ReadableStreamDefaultReader<ReadableStream<Uint8Array>>;
-  private readonly datagramsIn: ReadableStreamDefaultReader<Uint8Array>;
-  private datagramsOut: WritableStreamDefaultWriter<Uint8Array> | undefined;
-  private readonly finishing = new Set<Promise<void>>();
-  private local: CloseReason | undefined;
-  private over = false;
+  readonly #transport: WebTransport;
+  readonly #clock: Clock;
+  readonly #bidi: ReadableStreamDefaultReader<WebTransportBidirectionalStream>;
+  readonly #uni: ReadableStreamDefaultReader<ReadableStream<Uint8Array>>;
+  readonly #datagramsIn: ReadableStreamDefaultReader<Uint8Array>;
+  #datagramsOut: WritableStreamDefaultWriter<Uint8Array> | undefined;
+  readonly #finishing = new Set<Promise<void>>();
+  #local: CloseReason | undefined;
+  #over = false;
   readonly closed: Promise<CloseReason>;
 
   constructor(transport: WebTransport, clock: Clock) {
-    this.transport = transport;
-    this.clock = clock;
-    this.bidi = transport.incomingBidirectionalStreams.getReader() as typeof this.bidi;
-    this.uni = transport.incomingUnidirectionalStreams.getReader() as typeof this.uni;
-    this.datagramsIn = transport.datagrams.readable.getReader() as typeof this.datagramsIn;
-    for (const promise of [transport.ready, this.bidi.closed, this.uni.closed, this.datagramsIn.closed]) {
+    this.#transport = transport;
+    this.#clock = clock;
+    this.#bidi = transport.incomingBidirectionalStreams.getReader() as ReadableStreamDefaultReader<WebTransportBidirectionalStream>;
+    this.#uni = transport.incomingUnidirectionalStreams.getReader() as ReadableStreamDefaultReader<ReadableStream<Uint8Array>>;
+    this.#datagramsIn = transport.datagrams.readable.getReader() as ReadableStreamDefaultReader<Uint8Array>;
+    for (const promise of [transport.ready, this.#bidi.closed, this.#uni.closed, this.#datagramsIn.closed]) {
       handled(promise as Promise<unknown>);
     }
     this.closed = transport.closed.then(
-      ({ closeCode, reason }) => this.local ?? new CloseReason(closeCode ?? 0, reason ?? '', 'peer'),
+      ({ closeCode, reason }) => this.#local ?? new CloseReason(closeCode ?? 0, reason ?? '', 'peer'),
       (error: unknown) =>
-        this.local ?? new CloseReason(Code.CONNECTION_LOST, error instanceof Error ? error.message : '', 'transport'),
+        this.#local ?? new CloseReason(Code.CONNECTION_LOST, error instanceof Error ? error.message : '', 'transport'),
     );
     void this.closed.then(() => {
-      this.over = true;
+      this.#over = true;
     });
   }
 
   async openBidi(priority?: number): Promise<BidiStream> {
     const options = priority === undefined ? {} : { sendOrder: priority };
-    const stream = await this.opened(() => this.transport.createBidirectionalStream(options));
-    return { send: this.sender(stream.writable), receive: new Receiver(stream.readable) };
+    const stream = await this.#opened(() => this.#transport.createBidirectionalStream(options));
+    return { send: this.#sender(stream.writable), receive: new Receiver(stream.readable) };
   }
 
   async openUni(): Promise<ByteSender> {
-    return this.sender(await this.opened(() => this.transport.createUnidirectionalStream()));
+    return this.#sender(await this.#opened(() => this.#transport.createUnidirectionalStream()));
   }
 
   async acceptBidi(): Promise<BidiStream | null> {
-    const stream = await next(this.bidi);
-    return stream && { send: this.sender(stream.writable), receive: new Receiver(stream.readable) };
+    const stream = await next(this.#bidi);
+    return stream && { send: this.#sender(stream.writable), receive: new Receiver(stream.readable) };
   }
 
   async acceptUni(): Promise<ByteReceiver | null> {
-    const stream = await next(this.uni);
+    const stream = await next(this.#uni);
     return stream && new Receiver(stream);
   }
 
   get maxDatagram(): number {
-    return this.transport.datagrams.maxDatagramSize;
+    return this.#transport.datagrams.maxDatagramSize;
   }
 
   async sendDatagram(bytes: Uint8Array): Promise<void> {
-    const { datagrams } = this.transport as unknown as {
+    const { datagrams } = this.#transport as unknown as {
       datagrams: { writable?: WritableStream<Uint8Array>; createWritable?: () => WritableStream<Uint8Array> };
     };
-    if (this.datagramsOut === undefined) {
+    if (this.#datagramsOut === undefined) {
       // The property is the older form, the function the newer one; Safari has the function alone.
       const stream = datagrams.createWritable ? datagrams.createWritable() : datagrams.writable;
-      this.datagramsOut = (stream as WritableStream<Uint8Array>).getWriter();
-      handled(this.datagramsOut.closed);
-      handled(this.datagramsOut.ready);
+      this.#datagramsOut = (stream as WritableStream<Uint8Array>).getWriter();
+      handled(this.#datagramsOut.closed);
+      handled(this.#datagramsOut.ready);
     }
     try {
-      await this.datagramsOut.write(bytes);
+      await this.#datagramsOut.write(bytes);
     } catch (error) {
       throw ended(error);
     }
   }
 
   readDatagram(): Promise<Uint8Array | null> {
-    return next(this.datagramsIn);
+    return next(this.#datagramsIn);
   }
 
   /** Chromium 156 loses the page when a session ends while the end of one of its streams is on its way. */
   async finished(): Promise<void> {
-    while (this.finishing.size > 0 && !this.over) {
-      await Promise.allSettled(this.finishing);
+    while (this.#finishing.size > 0 && !this.#over) {
+      await Promise.allSettled(this.#finishing);
     }
   }
 
   close(code: number, text: string): void {
-    if (this.over || this.local) {
+    if (this.#over || this.#local) {
       return;
     }
-    this.local = new CloseReason(code, text, 'local');
+    this.#local = new CloseReason(code, text, 'local');
     try {
-      this.transport.close({ closeCode: code <= 0xffff_ffff ? code : Code.NORMAL, reason: cut(text) });
+      this.#transport.close({ closeCode: code <= 0xffff_ffff ? code : Code.NORMAL, reason: cut(text) });
     } catch {
       // It is over already.
     }
   }
 
-  private sender(stream: WritableStream<Uint8Array>): Sender {
-    return new Sender(stream, this.finishing);
+  #sender(stream: WritableStream<Uint8Array>): Sender {
+    return new Sender(stream, this.#finishing);
   }
 
   /** Chromium rejects at once when the peer permits no further stream yet; others wait. */
-  private async opened<T>(open: () => Promise<T>): Promise<T> {
-    for (let pause = OPEN_PAUSE_MS; !this.over; pause = Math.min(2 * pause, OPEN_PAUSE_MOST_MS)) {
+  async #opened<T>(open: () => Promise<T>): Promise<T> {
+    for (let pause = OPEN_PAUSE_MS; !this.#over; pause = Math.min(2 * pause, OPEN_PAUSE_MOST_MS)) {
       try {
         return await open();
       } catch {
-        await Promise.race([sleep(this.clock, pause), this.closed]);
+        await Promise.race([sleep(this.#clock, pause), this.closed]);
       }
     }
     throw new ConnectionEnd();

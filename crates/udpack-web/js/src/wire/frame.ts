@@ -23,25 +23,25 @@ export function frameOf(body: Uint8Array, memory: Memory = (length) => new Uint8
 
 /** Cuts a stream into bodies. Holds no more than what has arrived, and at most one body and one chunk. */
 export class FrameDecoder {
-  private readonly limit: number;
-  private chunks: Uint8Array[] = [];
-  private held = 0;
-  private length: number | undefined;
+  readonly #limit: number;
+  #chunks: Uint8Array[] = [];
+  #held = 0;
+  #length: number | undefined;
 
   constructor(limit: number) {
-    this.limit = limit;
+    this.#limit = limit;
   }
 
   /** Whether a frame has begun and is not complete. */
   get unfinished(): boolean {
-    return this.held > 0 || this.length !== undefined;
+    return this.#held > 0 || this.#length !== undefined;
   }
 
   /** Takes the next bytes of the stream. They are not changed, and not kept once `next` has given the frames in them. */
   push(chunk: Uint8Array): void {
     if (chunk.length > 0) {
-      this.chunks.push(chunk);
-      this.held += chunk.length;
+      this.#chunks.push(chunk);
+      this.#held += chunk.length;
     }
   }
 
@@ -51,24 +51,24 @@ export class FrameDecoder {
    * @throws {WireError} `bad_frame` or `frame_too_large`, as soon as the four bytes of the length are there.
    */
   next(): Uint8Array | undefined {
-    if (this.length === undefined) {
-      if (this.held < PREFIX) {
+    if (this.#length === undefined) {
+      if (this.#held < PREFIX) {
         return undefined;
       }
-      const prefix = this.take(PREFIX);
-      this.length = new DataView(prefix.buffer).getUint32(0);
-      if (this.length === 0) {
+      const prefix = this.#take(PREFIX);
+      this.#length = new DataView(prefix.buffer).getUint32(0);
+      if (this.#length === 0) {
         throw new WireError(Code.BAD_FRAME, 'a frame of length 0');
       }
-      if (this.length > this.limit) {
-        throw new WireError(Code.FRAME_TOO_LARGE, `a frame of ${this.length} bytes, at most ${this.limit}`);
+      if (this.#length > this.#limit) {
+        throw new WireError(Code.FRAME_TOO_LARGE, `a frame of ${this.#length} bytes, at most ${this.#limit}`);
       }
     }
-    if (this.held < this.length) {
+    if (this.#held < this.#length) {
       return undefined;
     }
-    const body = this.take(this.length);
-    this.length = undefined;
+    const body = this.#take(this.#length);
+    this.#length = undefined;
     return body;
   }
 
@@ -83,23 +83,23 @@ export class FrameDecoder {
     }
   }
 
-  private take(size: number): Uint8Array {
+  #take(size: number): Uint8Array {
     const bytes = new Uint8Array(size);
     let filled = 0;
     let used = 0;
     while (filled < size) {
-      const chunk = this.chunks[used] as Uint8Array;
+      const chunk = this.#chunks[used] as Uint8Array;
       const part = chunk.subarray(0, size - filled);
       bytes.set(part, filled);
       filled += part.length;
       if (part.length < chunk.length) {
-        this.chunks[used] = chunk.subarray(part.length);
+        this.#chunks[used] = chunk.subarray(part.length);
       } else {
         used += 1;
       }
     }
-    this.chunks.splice(0, used);
-    this.held -= size;
+    this.#chunks.splice(0, used);
+    this.#held -= size;
     return bytes;
   }
 }

@@ -63,46 +63,46 @@ const utf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
  * different strings and none is `__proto__`, otherwise a `Map`, where a repeated key keeps its last value.
  */
 export class Reader {
-  private readonly bytes: Uint8Array;
-  private readonly view: DataView;
-  private at = 0;
-  private elements = 0;
+  readonly #bytes: Uint8Array;
+  readonly #view: DataView;
+  #at = 0;
+  #elements = 0;
   /** Whether floats come as {@link Float}. */
   tellFloats = false;
 
   constructor(bytes: Uint8Array) {
-    this.bytes = bytes;
-    this.view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    this.#bytes = bytes;
+    this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   }
 
   /** The number of items if an array comes next, which is then entered; otherwise nothing moves. */
   enterArray(): number | undefined {
-    const head = this.bytes[this.at];
+    const head = this.#bytes[this.#at];
     if (head === undefined || !((head >= 0x90 && head <= 0x9f) || head === 0xdc || head === 0xdd)) {
       return undefined;
     }
-    this.element();
-    this.at += 1;
-    const count = head <= 0x9f ? head & 0x0f : head === 0xdc ? this.uint(2) : this.uint(4);
-    this.fits(count);
+    this.#element();
+    this.#at += 1;
+    const count = head <= 0x9f ? head & 0x0f : head === 0xdc ? this.#uint(2) : this.#uint(4);
+    this.#fits(count);
     return count;
   }
 
   /** The body must be over. */
   finish(): void {
-    if (this.at !== this.bytes.length) {
+    if (this.#at !== this.#bytes.length) {
       throw broken('something follows the value');
     }
   }
 
   /** The next value, `depth` arrays or maps inside others. */
   value(depth = 0): unknown {
-    this.element();
-    const head = this.uint(1);
+    this.#element();
+    const head = this.#uint(1);
     if (head <= 0x7f) return head;
-    if (head <= 0x8f) return this.map(head & 0x0f, depth + 1);
-    if (head <= 0x9f) return this.array(head & 0x0f, depth + 1);
-    if (head <= 0xbf) return this.text(head & 0x1f);
+    if (head <= 0x8f) return this.#map(head & 0x0f, depth + 1);
+    if (head <= 0x9f) return this.#array(head & 0x0f, depth + 1);
+    if (head <= 0xbf) return this.#text(head & 0x1f);
     if (head >= 0xe0) return head - 0x100;
     switch (head) {
       case 0xc0:
@@ -112,115 +112,115 @@ export class Reader {
       case 0xc3:
         return true;
       case 0xc4:
-        return this.take(this.uint(1)).slice();
+        return this.#take(this.#uint(1)).slice();
       case 0xc5:
-        return this.take(this.uint(2)).slice();
+        return this.#take(this.#uint(2)).slice();
       case 0xc6:
-        return this.take(this.uint(4)).slice();
+        return this.#take(this.#uint(4)).slice();
       case 0xc7:
-        return this.timestamp(this.uint(1));
+        return this.#timestamp(this.#uint(1));
       case 0xc8:
-        return this.timestamp(this.uint(2));
+        return this.#timestamp(this.#uint(2));
       case 0xc9:
-        return this.timestamp(this.uint(4));
+        return this.#timestamp(this.#uint(4));
       case 0xca:
-        return this.float(this.step(4, (at) => this.view.getFloat32(at)));
+        return this.#float(this.#step(4, (at) => this.#view.getFloat32(at)));
       case 0xcb:
-        return this.float(this.step(8, (at) => this.view.getFloat64(at)));
+        return this.#float(this.#step(8, (at) => this.#view.getFloat64(at)));
       case 0xcc:
-        return this.uint(1);
+        return this.#uint(1);
       case 0xcd:
-        return this.uint(2);
+        return this.#uint(2);
       case 0xce:
-        return this.uint(4);
+        return this.#uint(4);
       case 0xcf:
-        return narrow(this.step(8, (at) => this.view.getBigUint64(at)));
+        return narrow(this.#step(8, (at) => this.#view.getBigUint64(at)));
       case 0xd0:
-        return this.step(1, (at) => this.view.getInt8(at));
+        return this.#step(1, (at) => this.#view.getInt8(at));
       case 0xd1:
-        return this.step(2, (at) => this.view.getInt16(at));
+        return this.#step(2, (at) => this.#view.getInt16(at));
       case 0xd2:
-        return this.step(4, (at) => this.view.getInt32(at));
+        return this.#step(4, (at) => this.#view.getInt32(at));
       case 0xd3:
-        return narrow(this.step(8, (at) => this.view.getBigInt64(at)));
+        return narrow(this.#step(8, (at) => this.#view.getBigInt64(at)));
       case 0xd6:
-        return this.timestamp(4);
+        return this.#timestamp(4);
       case 0xd7:
-        return this.timestamp(8);
+        return this.#timestamp(8);
       case 0xd9:
-        return this.text(this.uint(1));
+        return this.#text(this.#uint(1));
       case 0xda:
-        return this.text(this.uint(2));
+        return this.#text(this.#uint(2));
       case 0xdb:
-        return this.text(this.uint(4));
+        return this.#text(this.#uint(4));
       case 0xdc:
-        return this.array(this.uint(2), depth + 1);
+        return this.#array(this.#uint(2), depth + 1);
       case 0xdd:
-        return this.array(this.uint(4), depth + 1);
+        return this.#array(this.#uint(4), depth + 1);
       case 0xde:
-        return this.map(this.uint(2), depth + 1);
+        return this.#map(this.#uint(2), depth + 1);
       case 0xdf:
-        return this.map(this.uint(4), depth + 1);
+        return this.#map(this.#uint(4), depth + 1);
       default:
         throw broken('a byte that begins no accepted value');
     }
   }
 
-  private element(): void {
-    this.elements += 1;
-    if (this.elements > MAX_ELEMENTS) {
+  #element(): void {
+    this.#elements += 1;
+    if (this.#elements > MAX_ELEMENTS) {
       throw broken('too many values');
     }
   }
 
   /** Every item takes at least one byte. */
-  private fits(items: number): void {
-    if (items > this.bytes.length - this.at) {
+  #fits(items: number): void {
+    if (items > this.#bytes.length - this.#at) {
       throw broken('a length beyond the end');
     }
   }
 
-  private step<T>(size: number, read: (at: number) => T): T {
-    this.fits(size);
-    const value = read(this.at);
-    this.at += size;
+  #step<T>(size: number, read: (at: number) => T): T {
+    this.#fits(size);
+    const value = read(this.#at);
+    this.#at += size;
     return value;
   }
 
-  private uint(size: 1 | 2 | 4): number {
-    return this.step(size, (at) =>
-      size === 1 ? this.view.getUint8(at) : size === 2 ? this.view.getUint16(at) : this.view.getUint32(at),
+  #uint(size: 1 | 2 | 4): number {
+    return this.#step(size, (at) =>
+      size === 1 ? this.#view.getUint8(at) : size === 2 ? this.#view.getUint16(at) : this.#view.getUint32(at),
     );
   }
 
-  private take(size: number): Uint8Array {
-    this.fits(size);
-    this.at += size;
-    return this.bytes.subarray(this.at - size, this.at);
+  #take(size: number): Uint8Array {
+    this.#fits(size);
+    this.#at += size;
+    return this.#bytes.subarray(this.#at - size, this.#at);
   }
 
-  private float(value: number): number | Float {
+  #float(value: number): number | Float {
     return this.tellFloats ? new Float(value) : value;
   }
 
-  private text(size: number): string {
+  #text(size: number): string {
     try {
-      return utf8.decode(this.take(size));
+      return utf8.decode(this.#take(size));
     } catch (error) {
       throw error instanceof WireError ? error : broken('text that is not UTF-8');
     }
   }
 
-  private timestamp(size: number): Timestamp {
-    if (this.step(1, (at) => this.view.getInt8(at)) !== -1 || (size !== 4 && size !== 8 && size !== 12)) {
+  #timestamp(size: number): Timestamp {
+    if (this.#step(1, (at) => this.#view.getInt8(at)) !== -1 || (size !== 4 && size !== 8 && size !== 12)) {
       throw broken('an extension that is no timestamp');
     }
-    return new Timestamp(this.take(size).slice());
+    return new Timestamp(this.#take(size).slice());
   }
 
-  private array(count: number, depth: number): unknown[] {
-    this.nested(depth);
-    this.fits(count);
+  #array(count: number, depth: number): unknown[] {
+    this.#nested(depth);
+    this.#fits(count);
     const items: unknown[] = [];
     for (let i = 0; i < count; i += 1) {
       items.push(this.value(depth));
@@ -228,9 +228,9 @@ export class Reader {
     return items;
   }
 
-  private map(count: number, depth: number): Record<string, unknown> | Map<unknown, unknown> {
-    this.nested(depth);
-    this.fits(2 * count);
+  #map(count: number, depth: number): Record<string, unknown> | Map<unknown, unknown> {
+    this.#nested(depth);
+    this.#fits(2 * count);
     const pairs: [unknown, unknown][] = [];
     const keys = new Set<unknown>();
     for (let i = 0; i < count; i += 1) {
@@ -243,7 +243,7 @@ export class Reader {
     return keys.size === count ? Object.fromEntries(pairs) : new Map(pairs);
   }
 
-  private nested(depth: number): void {
+  #nested(depth: number): void {
     if (depth > MAX_DEPTH) {
       throw broken('too deep');
     }
