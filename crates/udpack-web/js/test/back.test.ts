@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { ConnectError } from '../src/base/errors.js';
-import { Code, connect, type ConnectOptions, type Socket } from '../src/index.js';
+import { type Channel, Code, connect, type ConnectOptions, type Socket } from '../src/index.js';
 import { lookForUdp, Probes } from '../src/transport/mux/back.js';
 import { MemoryLink } from '../src/transport/memory.js';
 import { type Connection, ConnectionEnd, type Mover, StreamEnd } from '../src/transport/transport.js';
@@ -164,6 +164,28 @@ test('a channel that would end with the connection holds the session, and so doe
   theirs.finish();
   await settle();
   assert.equal(mover().mayMove(), false);
+});
+
+test('a channel that yields does not hold the session unless a request waits on it, and is opened again after it', async () => {
+  const server = new FakeServer();
+  const clock = new FakeClock();
+  server.handlers.set('stats', () => {});
+  const { socket, mover, better } = await overTcp(server, clock);
+  const open = (): Promise<Channel> => clock.result(socket.open('stats', { resumable: false, yields: true }));
+  const stats = await open();
+  assert.equal(mover().mayMove(), true);
+  const controller = new AbortController();
+  const asked = stats.request('kick', {}, { signal: controller.signal }).catch(() => {});
+  assert.equal(mover().mayMove(), false);
+  controller.abort();
+  await clock.result(asked);
+  assert.equal(mover().mayMove(), true);
+  const { sessionId } = socket;
+  mover().moveTo(await better());
+  const { code, retry } = await clock.result(stats.closed);
+  assert.deepEqual([code, retry], [Code.CONNECTION_LOST, true]);
+  await open();
+  assert.deepEqual([socket.sessionId, socket.state.state], [sessionId, 'connected']);
 });
 
 test('a session that is not resumed, or is closing, does not move', async () => {

@@ -280,9 +280,13 @@ test('a page that may come back keeps its session, however long it sleeps, and g
   const { sessionId } = socket;
   const channel = await clock.result(socket.open('numbers'));
   await channel.send('n', 1);
+  const tied = await clock.result(socket.open('numbers', { resumable: false }));
   await settle();
   const { link } = server;
   turn(page, 'pagehide', true);
+  // Whoever opens such a channel anew when it is lost does so after a sleep as well.
+  const { code, retry } = await clock.result(tied.closed);
+  assert.deepEqual([code, retry], [Code.CONNECTION_LOST, true]);
   const left = await link.server.closed;
   assert.deepEqual([left.code, left.by], [Code.SUPERSEDED, 'peer']);
   await channel.send('n', 2);

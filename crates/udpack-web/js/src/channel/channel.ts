@@ -272,6 +272,11 @@ export class ChannelCore implements AskSender {
     return this.#reason !== undefined && this.outbox.done && (this.#peerOver || this.#notReading);
   }
 
+  /** Whether it does not keep the session on its connection. */
+  get yields(): boolean {
+    return this.open.resumable || (this.open.yields === true && this.asked.size === 0);
+  }
+
   get hasRoom(): boolean {
     return this.outbox.hasRoom && (!this.open.resumable || this.#host.mayQueue());
   }

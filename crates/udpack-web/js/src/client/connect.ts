@@ -60,7 +60,7 @@ export interface ConnectOptions {
   /**
    * `auto` unless given: WebTransport, and a WebSocket where it fails or takes more than 250 ms. Each reconnect chooses again. A socket
    * that runs over a WebSocket looks for UDP after 5 s and, ever more rarely, each 5 minutes, and goes over with nothing lost or doubled:
-   * by the states `reconnecting` and `connected`, and only while all its channels are resumable.
+   * by the states `reconnecting` and `connected`, and only while all its channels are resumable or yield.
    */
   transport?: Transport;
   /** With `url`: where the server takes WebSockets, if that is not `url` itself. They cannot be told `hashes`. */

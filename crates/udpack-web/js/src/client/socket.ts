@@ -18,6 +18,11 @@ export interface OpenOptions {
   priority?: 'bulk' | 'normal' | 'high';
   /** Whether the channel goes on when a lost connection is made again. It does unless this is false. */
   resumable?: boolean;
+  /**
+   * A channel that is not resumable keeps a session on its WebSocket once WebTransport is possible again. One that yields does
+   * not, as long as no request waits on it: it ends with `connection_lost` then, and the program opens it again.
+   */
+  yields?: boolean;
   /** Goes on in rooms with a history where another channel was: its `positions`, of `udpack/rooms`. At most 256. */
   since?: readonly Position[] | undefined;
   /** Gives up waiting for a connection or for room for another channel. */
@@ -97,8 +102,8 @@ export class Socket {
    */
   async open<In extends EventMap = EventMap, Out extends EventMap = EventMap>(name: string, options: OpenOptions = {}): Promise<Channel<In, Out>> {
     checkEvent(name);
-    const { meta, priority = 'normal', resumable = true, since, signal } = options;
-    const channel = await this.#session.open({ name, meta, priority: PRIORITY[priority], resumable, since }, signal);
+    const { meta, priority = 'normal', resumable = true, yields, since, signal } = options;
+    const channel = await this.#session.open({ name, meta, priority: PRIORITY[priority], resumable, yields, since }, signal);
     return channel as unknown as Channel<In, Out>;
   }
 

@@ -260,7 +260,9 @@ export class Session extends Emitter<SessionEvents> {
       if (!goesOn) {
         this.#ticket = undefined;
       }
-      this.#down(reason, !goesOn || !this.#ticket);
+      // Whoever opens a channel anew can do so on the next connection, also where this side has left the one before.
+      const lost = comesBack && !reason.retry ? new CloseReason(Code.CONNECTION_LOST, reason.text, 'transport') : reason;
+      this.#down(lost, !goesOn || !this.#ticket);
       if (!comesBack) {
         return this.#finish(reason);
       }
@@ -364,7 +366,7 @@ export class Session extends Emitter<SessionEvents> {
         this.#ticket !== undefined &&
         this.#options.reconnect !== undefined &&
         this.#wish === undefined &&
-        this.channels.all.every(({ resumable }) => resumable),
+        this.channels.all.every((channel) => channel[internals].yields),
       moveTo: (better) => {
         this.#better = better;
         connection.close(Code.SUPERSEDED, 'the session goes on over another transport');

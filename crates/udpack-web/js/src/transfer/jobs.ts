@@ -36,7 +36,7 @@ export class Jobs {
   }
 
   static async open(socket: Socket): Promise<Jobs> {
-    return new Jobs((await socket.open('transfers', { resumable: false })) as unknown as Channel);
+    return new Jobs((await socket.open('transfers', { resumable: false, yields: true })) as unknown as Channel);
   }
 
   /**

@@ -60,6 +60,8 @@ export interface Open {
   readonly priority: Priority;
   readonly resumable: boolean;
   readonly received?: U64;
+  /** Nothing of the wire: whether the session may leave its connection although the channel ends with it. */
+  readonly yields?: boolean | undefined;
   /** How far the client has come in rooms that it will be in again. */
   readonly since?: readonly Position[] | undefined;
 }

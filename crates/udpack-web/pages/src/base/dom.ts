@@ -87,6 +87,13 @@ export function setIcon(svg: SVGSVGElement, name: IconName): void {
 }
 
 /** A button with a text, and an icon before it. */
+/** A path in one line, of which the directories are shortened before the name is. */
+export function pathParts(path: string): HTMLElement[] {
+  const at = path.lastIndexOf('/') + 1;
+  const name = h('span', { class: 'last' }, path.slice(at));
+  return at > 0 ? [h('span', { class: 'quiet' }, path.slice(0, at)), name] : [name];
+}
+
 export function button(label: string, onclick: (event: MouseEvent) => unknown, options: { icon?: IconName; class?: string } = {}): HTMLButtonElement {
   return h('button', { type: 'button', class: options.class ?? 'button', onclick }, options.icon && icon(options.icon), h('span', {}, label));
 }

@@ -169,7 +169,7 @@ export class Feed {
   }
 
   private async watchStats(): Promise<void> {
-    const channel = (await this.socket.open('stats', { resumable: false })) as unknown as Channel;
+    const channel = (await this.socket.open('stats', { resumable: false, yields: true })) as unknown as Channel;
     this.stats = channel;
     for await (const { event, data } of channel) {
       if (event === 'history') {

@@ -1,6 +1,6 @@
 /** The rows of the lists: one thing each, what is known of it, and what can be done. */
 
-import { h, icon, type IconName, iconButton, setAttribute, setIcon, setText } from '../base/dom.js';
+import { h, icon, type IconName, iconButton, pathParts, setAttribute, setIcon, setText } from '../base/dom.js';
 import { bytes, duration, number, percent, rate } from '../base/format.js';
 import { type Row } from '../base/list.js';
 import { ProgressBar } from '../base/progress.js';
@@ -53,9 +53,20 @@ class Cells {
   }
 
   name(path: string): void {
-    const at = path.lastIndexOf('/') + 1;
-    this.title.replaceChildren(...(at > 0 ? [h('span', { class: 'quiet' }, path.slice(0, at))] : []), path.slice(at));
+    this.title.classList.add('path');
+    this.title.replaceChildren(...pathParts(path));
     setAttribute(this.title, 'title', path);
+  }
+
+  /** What is in no path. */
+  call(name: string, more = name): void {
+    setText(this.title, name);
+    setAttribute(this.title, 'title', more);
+  }
+
+  tell(detail: string): void {
+    setText(this.detail, detail);
+    setAttribute(this.detail, 'title', detail);
   }
 }
 
@@ -74,7 +85,7 @@ export function runningRow(transfer: Transfer, act: { details(one: Transfer): vo
       setAttribute(cells.root, 'data-phase', phase);
       setAttribute(cells.root, 'data-stalled', job.stalled === true);
       const share = size === undefined ? bytes(done) : line(percent(done, size), t('bytesOf', { done: bytes(done), all: bytes(size) }));
-      setText(cells.detail, line(job.stalled ? t('stalled') : word(phase), share, job.peer, t('age', { time: duration(ageOf(one)) })));
+      cells.tell(line(job.stalled ? t('stalled') : word(phase), share, job.peer, t('age', { time: duration(ageOf(one)) })));
       cells.bar?.set(job.kind === 'get' ? done : Number(job.safe), done, size ?? 0, share);
       if (cells.bar) {
         cells.bar.root.hidden = size === undefined;
@@ -103,7 +114,7 @@ export function endedRow(transfer: Transfer, details: (one: Transfer) => void): 
       const { job, at } = one;
       setAttribute(cells.root, 'data-state', job.state);
       setIcon(cells.mark, ENDS[job.state] ?? 'wait');
-      setText(cells.detail, line(direction, endOf(one)));
+      cells.tell(line(direction, endOf(one)));
       setText(cells.first, bytes(Number(job.bytes)));
       setText(cells.second, t('ago', { time: duration(Number(job.ago ?? 0) * 1000 + performance.now() - at) }));
     },
@@ -124,15 +135,13 @@ export function peerRow(peer: Peer, own: boolean, kick: ((one: Peer) => void) | 
     update(one) {
       const { told, at } = one;
       const name = peerName(one);
-      setText(cells.title, own ? line(name, t('thisPage')) : name);
+      cells.call(own ? line(name, t('thisPage')) : name);
       setAttribute(cells.root, 'data-away', told.connected === false);
       const age = Number(told.age ?? 0) * 1000 + performance.now() - at;
       const trip = Number(told.rtt ?? 0) * 1000;
-      setText(
-        cells.detail,
+      cells.tell(
         line(told.connected === false && t('outOfReach'), `${told.address}`, `${told.agent ?? ''}`, t('channels', { n: number(Number(told.channels ?? 0)) }), t('roundTrip', { time: `${number(trip, trip < 10 ? 1 : 0)} ms` }), t('age', { time: duration(age) })),
       );
-      setAttribute(cells.detail, 'title', cells.detail.textContent ?? '');
       setText(cells.first, `↓ ${bytes(Number(told.received ?? 0))}`);
       setText(cells.second, `↑ ${bytes(Number(told.sent ?? 0))}`);
     },
@@ -145,8 +154,7 @@ export function roomRow(): Row<Room> {
   return {
     root: cells.root,
     update({ name, members }) {
-      setText(cells.title, name);
-      setAttribute(cells.title, 'title', name);
+      cells.call(name);
       setText(cells.first, t('members', { n: number(members) }));
     },
   };
@@ -159,13 +167,12 @@ export function nodeRow(): Row<Node> {
     root: cells.root,
     update({ id, told, own }) {
       const name = `${told.name ?? ''}` || id;
-      setText(cells.title, own ? line(name, t('thisServer')) : name);
-      setAttribute(cells.title, 'title', id);
+      cells.call(own ? line(name, t('thisServer')) : name, id);
       const state = told.lost === true ? t('nodeLost') : told.draining === true ? t('nodeDraining') : told.degraded === true && t('nodeDegraded');
       setAttribute(cells.root, 'data-away', told.lost === true);
       setAttribute(cells.root, 'data-full', told.degraded === true && told.lost !== true);
       const count = (key: string): string => number(Number(told[key] ?? 0));
-      setText(cells.detail, line(state, `${told.address ?? ''}`, t('roomsOf', { n: count('rooms') })));
+      cells.tell(line(state, `${told.address ?? ''}`, t('roomsOf', { n: count('rooms') })));
       setText(cells.first, t('socketsOf', { n: count('sockets') }));
       setText(cells.second, t('members', { n: count('members') }));
     },
@@ -176,11 +183,11 @@ export function quotaRow({ peer }: Quota): Row<Quota> {
   const name = peer ?? t('server');
   const cells = new Cells('quota', undefined, t('progressOf', { name }));
   setIcon(cells.mark, 'folder');
-  setText(cells.title, name);
+  cells.call(name);
   return {
     root: cells.root,
     update({ prefix, used, quota }) {
-      setText(cells.detail, line(prefix === undefined ? t('all') : prefix, used === undefined && t('notCounted')));
+      cells.tell(line(prefix === undefined ? t('all') : prefix, used === undefined && t('notCounted')));
       cells.bar?.set(used ?? 0, used ?? 0, quota);
       setText(cells.first, used === undefined ? bytes(quota) : t('bytesOf', { done: bytes(used), all: bytes(quota) }));
       setText(cells.second, used === undefined ? '' : percent(used, quota));

@@ -42,7 +42,7 @@ export class Downloads {
     const line: HTMLElement = h(
       'div',
       { class: 'download', role: 'listitem' },
-      h('div', { class: 'what' }, h('div', { class: 'name' }, name), detail, bar.root),
+      h('div', { class: 'what' }, h('div', { class: 'name', title: name }, name), detail, bar.root),
       iconButton('close', t('cancelOne', { name }), (): void => {
         controller.abort();
         if (over) this.remove(line);

@@ -150,7 +150,7 @@ class FilesPage {
     this.way.replaceChildren(
       ...steps.map(([label, path], at) => {
         const isLast = at === steps.length - 1;
-        return h('li', {}, h('button', { type: 'button', class: 'step', 'aria-current': isLast && 'page', onclick: () => this.go(path) }, label));
+        return h('li', {}, h('button', { type: 'button', class: 'step', title: label, 'aria-current': isLast && 'page', onclick: () => this.go(path) }, label));
       }),
     );
   }
@@ -188,7 +188,7 @@ class FilesPage {
     const type = imageType(entry);
     const label = kind === 'dir' ? t('openOne', { name }) : type ? t('preview', { name }) : t('downloadOne', { name });
     const opens = kind === 'dir' || isFile;
-    const title = opens ? h('button', { type: 'button', class: 'name', title: label, onclick: () => void this.open(entry) }, name) : h('span', { class: 'name' }, name);
+    const title = opens ? h('button', { type: 'button', class: 'name', title: label, onclick: () => void this.open(entry) }, name) : h('span', { class: 'name', title: name }, name);
     const amount = isFile ? bytes(size) : kind === 'dir' ? '' : kind === 'link' ? t('kind') : t('other');
     const root = h(
       'div',

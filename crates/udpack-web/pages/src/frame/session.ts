@@ -41,7 +41,7 @@ class Questions {
 
   async ask(request: string, fields: object, signal?: AbortSignal): Promise<unknown> {
     for (let tries = 1; ; tries += 1) {
-      this.lane ??= this.socket.open('transfer', { resumable: false, priority: 'high' }) as unknown as Promise<Channel>;
+      this.lane ??= this.socket.open('transfer', { resumable: false, yields: true, priority: 'high' }) as unknown as Promise<Channel>;
       const { lane } = this;
       try {
         return await (await lane).request(request, fields, signal && { signal });

@@ -1,6 +1,6 @@
 /** One file of the list. */
 
-import { h, icon, type IconName, iconButton, setAttribute, setIcon, setText } from '../base/dom.js';
+import { h, icon, type IconName, iconButton, pathParts, setAttribute, setIcon, setText } from '../base/dom.js';
 import { ask } from '../base/dialog.js';
 import { bytes, duration, hex, rate } from '../base/format.js';
 import { toast } from '../base/notice.js';
@@ -31,8 +31,7 @@ export function makeRow(item: Item, queue: Queue): Row<Item> {
   const { path, name } = item;
   const mark = icon('wait');
   const markButton = h('button', { type: 'button', class: 'mark', onclick: () => showDetails(item, queue) }, mark);
-  const directory = path.slice(0, path.length - name.length);
-  const title = h('div', { class: 'name', title: path }, directory !== '' && h('span', { class: 'quiet' }, directory), name);
+  const title = h('div', { class: 'name path', title: path }, ...pathParts(path));
   const detail = h('div', { class: 'detail' });
   const bar = new ProgressBar(t('progressOf', { name }));
   const pause = iconButton('pause', t('pauseOne', { name }), () => queue.pause(item));
