@@ -14,8 +14,8 @@ use raw::{Say, V, chunk, file, finish, map, with, without};
 use tempfile::TempDir;
 use udpack::{Channel, Client, Deny, Hello, Identity, Peer, Server, Socket};
 use udpack_transfer::{
-    CHANNEL, Downloader, ErrorKind, Event, JobsEvent, Remote, Store, StoreConfig, TransferError,
-    Wanted,
+    CHANNEL, Downloader, ErrorKind, Event, JobsEvent, Kind, Remote, Store, StoreConfig,
+    TransferError, Wanted,
 };
 
 /// A server that says, on lanes, what it is told to.
@@ -300,11 +300,62 @@ fn page(entries: Vec<V>, more: bool) -> V {
     map([("entries", V::Array(entries)), ("more", more.into())])
 }
 
+/// An entry as a row, with more behind it than this version knows.
+fn row(name: &str, kind: &str) -> V {
+    let numbers = [0, 0, 0, 0o644].map(V::Uint);
+    let mut row = vec![name.into(), kind.into()];
+    row.extend(numbers);
+    row.extend([V::Nil, false.into(), map([("later", true.into())])]);
+    V::Array(row)
+}
+
+fn dirs(dirs: Vec<(&str, Vec<V>)>) -> V {
+    let dir = |(dir, rows): (&str, Vec<V>)| V::Array(vec![dir.into(), V::Array(rows)]);
+    V::Array(dirs.into_iter().map(dir).collect())
+}
+
+#[tokio::test]
+async fn rows_are_read_as_the_entries_that_they_stand_for() {
+    bounded(async {
+        let hostile = Hostile::new(
+            |_| Vec::new(),
+            |_, _| {
+                let inner = vec![row("x", "link"), row("y", "other")];
+                let all = vec![
+                    ("d", vec![row("a", "dir")]),
+                    ("d/a", inner),
+                    ("d", vec![row("b", "file")]),
+                ];
+                Some(map([("dirs", dirs(all)), ("more", false.into())]))
+            },
+        )
+        .await;
+        let remote = Remote::new(&hostile.connect().await);
+        let mut listing = remote.list(Some(&rel("d")), true);
+        let mut listed = Vec::new();
+        while let Some(entry) = listing.next().await {
+            let entry = entry.expect("a sound entry");
+            listed.push((entry.path, entry.kind, entry.mode));
+        }
+        let kinds = [
+            ("d/a", Kind::Dir),
+            ("d/a/x", Kind::Link),
+            ("d/a/y", Kind::Other),
+            ("d/b", Kind::File),
+        ];
+        assert_eq!(
+            listed,
+            kinds.map(|(path, kind)| (path.to_owned(), kind, 0o644))
+        );
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
     bounded(async {
         type Pages = fn(usize) -> V;
-        let scripts: [(&str, Pages); 18] = [
+        let scripts: [(&str, Pages); 26] = [
             ("above", |_| page(vec![entry("d/../x", "file")], false)),
             ("above the root", |_| {
                 page(vec![entry("../x", "file")], false)
@@ -348,6 +399,35 @@ async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
                 page(vec![with(entry("d/a", "file"), "size", u64::MAX)], false)
             }),
             ("no list at all", |_| map([("entries", "none".into())])),
+            ("neither entries nor rows", |_| {
+                map([("more", false.into())])
+            }),
+            ("both", |_| {
+                let both = page(vec![entry("d/a", "file")], false);
+                with(both, "dirs", dirs(vec![("d", vec![row("b", "file")])]))
+            }),
+            ("rows above", |_| {
+                map([("dirs", dirs(vec![("d/..", vec![row("x", "file")])]))])
+            }),
+            ("rows beside", |_| {
+                map([("dirs", dirs(vec![("e", vec![row("x", "file")])]))])
+            }),
+            ("a row that leads elsewhere", |_| {
+                map([("dirs", dirs(vec![("d", vec![row("../x", "file")])]))])
+            }),
+            ("a row of two names", |_| {
+                let rows = vec![row("a", "dir"), row("a/b", "file")];
+                map([("dirs", dirs(vec![("d", rows)]))])
+            }),
+            ("a row that is too short", |_| {
+                let short = V::Array(vec!["a".into(), "file".into()]);
+                map([("dirs", dirs(vec![("d", vec![short])]))])
+            }),
+            ("more rows than asked for", |_| {
+                let some = |from: u64| (from..from + 300).map(|n| row(&format!("{n:04}"), "file"));
+                let two = vec![("d", some(0).collect()), ("d", some(300).collect())];
+                map([("dirs", dirs(two))])
+            }),
         ];
         for (what, pages) in scripts {
             let hostile = Hostile::new(|_| Vec::new(), move |_, asked| Some(pages(asked))).await;

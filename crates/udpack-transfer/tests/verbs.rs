@@ -788,6 +788,8 @@ struct Entry {
     mtime_ns: u32,
     mode: u32,
     target: Option<String>,
+    #[serde(default)]
+    unread: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -802,6 +804,52 @@ impl Page {
             .iter()
             .map(|entry| entry.path.as_str())
             .collect()
+    }
+}
+
+/// A page in rows.
+#[derive(Debug, Deserialize)]
+struct Rows {
+    dirs: Vec<(String, Vec<Row>)>,
+    more: bool,
+}
+
+/// Name, kind, size, mtime, mtime_ns, mode, target, unread.
+#[derive(Debug, Deserialize)]
+struct Row(
+    String,
+    String,
+    u64,
+    i64,
+    u32,
+    u32,
+    #[serde(default)] Option<String>,
+    #[serde(default)] bool,
+);
+
+impl Rows {
+    /// The entries that they stand for.
+    fn entries(self) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        for (dir, rows) in self.dirs {
+            for Row(name, kind, size, mtime, mtime_ns, mode, target, unread) in rows {
+                let path = match &*dir {
+                    "" => name,
+                    dir => format!("{dir}/{name}"),
+                };
+                entries.push(Entry {
+                    path,
+                    kind,
+                    size,
+                    mtime,
+                    mtime_ns,
+                    mode,
+                    target,
+                    unread,
+                });
+            }
+        }
+        entries
     }
 }
 
@@ -871,6 +919,7 @@ async fn requests_say_what_is_there_and_remove_it() {
             mtime_ns: u32::try_from(metadata.mtime_nsec()).expect("small"),
             mode: 0o604,
             target: None,
+            unread: false,
         };
         assert_eq!(entry, expected);
         for (path, kind, target) in [
@@ -903,6 +952,10 @@ async fn requests_say_what_is_there_and_remove_it() {
             let page: Page = lane.request(&list(path, recursive)).await.expect("it");
             assert_eq!(page.paths(), expected, "{path:?}");
             assert!(!page.more);
+            let query = at(list(path, recursive), "rows", true);
+            let rows: Rows = lane.request(&query).await.expect("it");
+            assert!(!rows.more);
+            assert_eq!(rows.entries(), page.entries, "{path:?}");
             // In pages of every size.
             for limit in 1..=expected.len() as u64 {
                 let (mut found, mut after) = (Vec::new(), V::Nil);
@@ -2041,20 +2094,30 @@ async fn pages_keep_to_the_frames_of_their_client() {
             };
             let socket = world.fixture.connect_within(&token("all"), limits).await;
             let lane = RawLane::open(&socket).await;
-            let mut listed = Vec::new();
-            loop {
-                let mut question = map([("path", "dir".into())]);
-                if let Some(last) = listed.last() {
-                    question = with(question, "after", String::as_str(last));
+            for rows in [false, true] {
+                let mut listed = Vec::new();
+                loop {
+                    let mut question = map([("path", "dir".into()), ("rows", rows.into())]);
+                    if let Some(last) = listed.last() {
+                        question = with(question, "after", String::as_str(last));
+                    }
+                    let question = ("list", question);
+                    let (entries, more) = if rows {
+                        let page: Rows = lane.request(&question).await.expect("a page");
+                        let more = page.more;
+                        (page.entries(), more)
+                    } else {
+                        let page: Page = lane.request(&question).await.expect("a page");
+                        (page.entries, page.more)
+                    };
+                    listed.extend(entries.into_iter().map(|entry| entry.path));
+                    if !more {
+                        break;
+                    }
                 }
-                let page: Page = lane.request(&("list", question)).await.expect("a page");
-                listed.extend(page.entries.into_iter().map(|entry| entry.path));
-                if !page.more {
-                    break;
-                }
+                let all: Vec<String> = names.iter().map(|name| format!("dir/{name}")).collect();
+                assert_eq!(listed, all, "{frame}");
             }
-            let all: Vec<String> = names.iter().map(|name| format!("dir/{name}")).collect();
-            assert_eq!(listed, all, "{frame}");
         }
     })
     .await;

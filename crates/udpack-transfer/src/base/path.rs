@@ -123,6 +123,12 @@ impl TryFrom<&str> for RelPath {
     }
 }
 
+impl From<RelPath> for String {
+    fn from(path: RelPath) -> Self {
+        path.0.into()
+    }
+}
+
 impl AsRef<str> for RelPath {
     fn as_ref(&self) -> &str {
         self.as_str()

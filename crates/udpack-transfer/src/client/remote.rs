@@ -31,8 +31,9 @@ pub use jobs::{Job, JobKind, JobState, Jobs, JobsEvent};
 pub use stats::StatsWatch;
 pub use wire::{Rights, ShareEntry, ShareWish, Shared};
 
-/// Entries requested at a time.
-const PAGE: usize = 512;
+/// Entries of the first page of a list, which somebody waits for, and of each further one.
+const FIRST: usize = 512;
+const PAGE: usize = 4_000;
 /// How long the server may take to look something up.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long it may take to read a whole file or to remove a tree. It sends nothing meanwhile; the connection's timers
@@ -91,6 +92,7 @@ impl Remote {
             order: Order::new(path, recursive),
             ready: VecDeque::new(),
             ahead: JoinSet::new(),
+            asked: FIRST,
             state: State::Unasked,
         }
     }
@@ -367,7 +369,10 @@ pub struct Listing {
     recursive: bool,
     order: Order,
     ready: VecDeque<Entry>,
-    ahead: JoinSet<Result<wire::Page, TransferError>>,
+    /// A page, and whether there are more.
+    ahead: JoinSet<Result<(Vec<Entry>, bool), TransferError>>,
+    /// Entries that were requested last.
+    asked: usize,
     state: State,
 }
 
@@ -409,22 +414,19 @@ impl Listing {
         }
     }
 
-    fn take(&mut self, page: wire::Page) -> Result<(), TransferError> {
-        if page.entries.len() > PAGE {
-            return Err(broken("a page of a list is longer than was asked for"));
+    fn take(&mut self, (entries, more): (Vec<Entry>, bool)) -> Result<(), TransferError> {
+        for entry in &entries {
+            self.order.check(entry)?;
         }
-        for entry in page.entries {
-            let entry = entry.listed()?;
-            self.order.check(&entry)?;
-            self.ready.push_back(entry);
-        }
-        if !page.more {
+        self.ready = entries.into();
+        if !more {
             self.state = State::Over;
             return Ok(());
         }
         let Some(last) = self.ready.back().map(|entry| entry.path.clone()) else {
             return Err(broken("an empty page of a list is said to have more"));
         };
+        self.asked = PAGE;
         self.fetch(Some(last));
         Ok(())
     }
@@ -432,14 +434,18 @@ impl Listing {
     fn fetch(&mut self, after: Option<String>) {
         self.state = State::Fetching;
         let (remote, path, recursive) = (self.remote.clone(), self.path.clone(), self.recursive);
+        let most = self.asked;
         self.ahead.spawn(async move {
             let asked = wire::ListFields {
                 path: path.as_ref().map(RelPath::as_str),
                 recursive,
                 after: after.as_deref(),
-                limit: PAGE as u64,
+                limit: most as u64,
+                rows: true,
             };
-            remote.ask("list", &asked, PATIENCE).await
+            let page: wire::Page = remote.ask("list", &asked, PATIENCE).await?;
+            let more = page.more;
+            Ok((page.listed(most)?, more))
         });
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::ser::SerializeTuple as _;
+use serde::{Serialize, Serializer};
 use tracing::Instrument as _;
 use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
@@ -37,6 +38,8 @@ enum Query {
         recursive: bool,
         after: Option<String>,
         limit: u64,
+        /// The client reads rows.
+        rows: bool,
     },
     Remove {
         path: String,
@@ -70,6 +73,7 @@ impl Query {
                 recursive: recursive()?,
                 after: names::opt_field(&fields, "after")?,
                 limit: fields.opt_u64("limit")?.unwrap_or(PAGE),
+                rows: fields.opt_bool("rows")?.unwrap_or(false),
             },
             "remove" => Self::Remove {
                 path: path()?,
@@ -206,15 +210,22 @@ impl Queries {
                     .reply(message, &EntryFields::new(&entry, scope))
                     .await
             }
-            Ok(Found::Page { entries, more }) => {
-                let page = PageFields::within(channel.frame_limit(), &entries, more, scope);
+            Ok(Found::Page {
+                entries,
+                more,
+                rows,
+            }) => {
+                let page = PageFields::within(channel.frame_limit(), &entries, more, rows, scope);
                 if page.entries.is_empty() && !entries.is_empty() {
                     let text = "an entry is longer than the client's limit for frames";
                     return channel
                         .fault(message, &Fault::new(Code::Unsupported.as_str(), text))
                         .await;
                 }
-                channel.reply(message, &page).await
+                match rows {
+                    true => channel.reply(message, &RowsFields::new(&page)).await,
+                    false => channel.reply(message, &page).await,
+                }
             }
             Ok(Found::Removed { files, bytes }) => {
                 channel
@@ -270,6 +281,7 @@ enum Found {
     Page {
         entries: Vec<Entry>,
         more: bool,
+        rows: bool,
     },
     Removed {
         files: u64,
@@ -303,6 +315,7 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
             recursive,
             after,
             limit,
+            rows,
         } => {
             let path = scope.inside_or_root(&path)?;
             let after = match &after {
@@ -326,6 +339,7 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
             Ok(Found::Page {
                 entries: page.entries,
                 more: page.more,
+                rows,
             })
         }
         Query::Remove { path, recursive } => {
@@ -440,15 +454,16 @@ struct PageFields<'a> {
 
 impl<'a> PageFields<'a> {
     /// As many of the entries as a frame of this size holds; `more` says whether there are others.
-    fn within(frame: usize, entries: &'a [Entry], more: bool, scope: &Scope) -> Self {
+    fn within(frame: usize, entries: &'a [Entry], more: bool, rows: bool, scope: &Scope) -> Self {
         let mut room = frame.saturating_sub(PAGE_BYTES);
+        let beside = if rows { ROW_BYTES } else { ENTRY_BYTES };
         let mut page = Self {
             entries: Vec::new(),
             more,
         };
         for entry in entries {
             let fields = EntryFields::new(entry, scope);
-            let bytes = ENTRY_BYTES + fields.path.len() + fields.target.map_or(0, str::len);
+            let bytes = beside + fields.path.len() + fields.target.map_or(0, str::len);
             if bytes > room {
                 page.more = true;
                 break;
@@ -457,6 +472,74 @@ impl<'a> PageFields<'a> {
             page.entries.push(fields);
         }
         page
+    }
+}
+
+/// The same page with each directory named once, and without names of fields.
+#[derive(Serialize)]
+struct RowsFields<'a> {
+    dirs: Vec<(Name<'a>, Rows<'a>)>,
+    more: bool,
+}
+
+impl<'a> RowsFields<'a> {
+    fn new(page: &'a PageFields<'_>) -> Self {
+        let same = |a: &EntryFields<'_>, b: &EntryFields<'_>| split(a.path).0 == split(b.path).0;
+        let groups = page.entries.chunk_by(same);
+        Self {
+            dirs: groups
+                .map(|rows| {
+                    let dir = rows.first().map_or("", |row| split(row.path).0);
+                    (Name(dir), Rows(rows))
+                })
+                .collect(),
+            more: page.more,
+        }
+    }
+}
+
+/// The directory of a path, and its last name.
+fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('/').unwrap_or(("", path))
+}
+
+struct Name<'a>(&'a str);
+
+impl Serialize for Name<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        names::serialize(self.0, serializer)
+    }
+}
+
+/// Entries of one directory.
+struct Rows<'a>(&'a [EntryFields<'a>]);
+
+impl Serialize for Rows<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(Row))
+    }
+}
+
+struct Row<'a>(&'a EntryFields<'a>);
+
+impl Serialize for Row<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let entry = self.0;
+        let more = usize::from(entry.target.is_some() || entry.unread) + usize::from(entry.unread);
+        let mut row = serializer.serialize_tuple(6 + more)?;
+        row.serialize_element(&Name(split(entry.path).1))?;
+        row.serialize_element(entry.kind)?;
+        row.serialize_element(&entry.size)?;
+        row.serialize_element(&entry.mtime)?;
+        row.serialize_element(&entry.mtime_ns)?;
+        row.serialize_element(&entry.mode)?;
+        if more > 0 {
+            row.serialize_element(&entry.target.map(Name))?;
+        }
+        if more > 1 {
+            row.serialize_element(&entry.unread)?;
+        }
+        row.end()
     }
 }
 
@@ -475,6 +558,8 @@ const BLOCK: usize = 1 << 20;
 const PAGE_BYTES: usize = 64;
 /// Bytes of an entry beside its path and target, at most: eight keys and what they stand before.
 const ENTRY_BYTES: usize = 104;
+/// The same of a row, with its directory and the length of that.
+const ROW_BYTES: usize = 64;
 
 #[derive(Serialize)]
 struct RemovedFields {

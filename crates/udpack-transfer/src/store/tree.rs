@@ -602,7 +602,7 @@ struct Lister<'a> {
     cursor: std::vec::IntoIter<Vec<u8>>,
     /// The directories from the listed one down to the current position.
     frames: Vec<Frame>,
-    /// The names of the last examined entry, below the listed directory.
+    /// The names of the last examined entry, below the listed directory, while the page is empty.
     last: Option<Vec<Vec<u8>>>,
 }
 
@@ -660,17 +660,18 @@ impl Lister<'_> {
                     break;
                 }
             }
-            let path = frame.prefix.clone() + &names::from_bytes(&name);
-            let found = match look(&frame.dir, OsStr::from_bytes(&name), &path) {
+            let found = match look(&frame.dir, OsStr::from_bytes(&name), &frame.prefix) {
                 Ok(found) => found,
                 // The directory may be read, and what is in it not be looked at.
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-                    Some(Entry::unseen(path.clone()))
+                    Some(Entry::unseen(below_prefix(&frame.prefix, &name)))
                 }
                 Err(e) => return Err(StoreError::io("look at a file", self.query.path, e, || 0)),
             };
             let Some(entry) = found else {
-                self.remember(&name);
+                if page.entries.is_empty() {
+                    self.remember(&name);
+                }
                 continue;
             };
             if !passed {
@@ -680,14 +681,16 @@ impl Lister<'_> {
                     break;
                 }
             }
-            self.remember(&name);
-            let is_dir = entry.kind == Kind::Dir;
+            if page.entries.is_empty() {
+                self.remember(&name);
+            }
+            let below = (entry.kind == Kind::Dir && self.query.recursive)
+                .then(|| format!("{}/", entry.path));
             if !passed {
                 page.entries.push(entry);
             }
-            if is_dir
-                && self.query.recursive
-                && !self.descend(name, path, self.limit - page.entries.len())?
+            if let Some(prefix) = below
+                && !self.descend(name, prefix, self.limit - page.entries.len())?
                 && !passed
                 && let Some(entry) = page.entries.last_mut()
             {
@@ -697,17 +700,18 @@ impl Lister<'_> {
         Ok(page)
     }
 
-    /// Continues with the entries of the directory `name`; false if not all of them can be listed.
-    fn descend(&mut self, name: Vec<u8>, path: String, left: usize) -> Result<bool, StoreError> {
+    /// Continues with the entries of the directory `name`, whose paths begin with `prefix`; false if not all of them can
+    /// be listed.
+    fn descend(&mut self, name: Vec<u8>, prefix: String, left: usize) -> Result<bool, StoreError> {
         let Some(frame) = self.frames.last() else {
             return Ok(true);
         };
         let depth = frame.depth + 1;
-        let shown = names::shown(&path);
+        let shown = names::shown(&prefix);
         let entered = match below::enter(&frame.dir, OsStr::from_bytes(&name)) {
             Ok(dir) => {
                 let next = self.cursor.next();
-                self.enter(Frame::new(dir, path + "/", name, depth, next), left)
+                self.enter(Frame::new(dir, prefix, name, depth, next), left)
             }
             Err(errno) => Err(errno.into()),
         };
@@ -810,17 +814,26 @@ fn is_own(name: &[u8]) -> bool {
     path.is_err_and(|error| error.rule() == PathRule::Own)
 }
 
-/// The entry of this name; `None` if it was removed meanwhile.
-fn look(dir: &Dir, name: &OsStr, path: &str) -> io::Result<Option<Entry>> {
+/// The entry of this name in the directory whose paths begin with `prefix`; `None` if it was removed meanwhile.
+fn look(dir: &Dir, name: &OsStr, prefix: &str) -> io::Result<Option<Entry>> {
     let Some(metadata) = below::see(dir, name)? else {
         return Ok(None);
     };
-    let kind = Kind::of(&metadata);
-    let target = match (kind, path.parse()) {
-        (Kind::Link, Ok(at)) => target(dir, name, &at),
-        _ => None,
+    let (kind, path) = (Kind::of(&metadata), below_prefix(prefix, name.as_bytes()));
+    let target = match kind {
+        Kind::Link => path.parse().ok().and_then(|at| target(dir, name, &at)),
+        Kind::File | Kind::Dir | Kind::Other => None,
     };
-    Ok(Some(Entry::new(path.to_owned(), kind, &metadata, target)))
+    Ok(Some(Entry::new(path, kind, &metadata, target)))
+}
+
+/// The path of this name, in text form.
+fn below_prefix(prefix: &str, name: &[u8]) -> String {
+    let name = names::from_bytes(name);
+    let mut path = String::with_capacity(prefix.len() + name.len());
+    path.push_str(prefix);
+    path.push_str(&name);
+    path
 }
 
 /// The link's target, if the client may see it.

@@ -195,8 +195,8 @@ impl Run {
     async fn all(&mut self, mut first: Side, mut second: Side) -> anyhow::Result<()> {
         let mut theirs = self.theirs(&mut second).await?;
         while let Some(next) = first.next().await? {
-            let (rel, ours) = match next {
-                Next::Item(item) => (item.rel.clone(), Some(item)),
+            let (ours, failed) = match next {
+                Next::Item(item) => (Some(item), String::new()),
                 Next::Excluded(_) => continue,
                 Next::Kept(rel) => {
                     let source = self.comparison.source.of(&rel);
@@ -213,16 +213,18 @@ impl Run {
                 Next::Failed(rel, error) => {
                     self.fail(&rel, error).await;
                     // Nothing will be deleted any more.
-                    (rel, None)
+                    (None, rel)
                 }
             };
+            let rel = ours.as_ref().map_or(&failed, |item| &item.rel);
             while let Some(item) = &theirs
-                && order(&item.rel, &rel) == Ordering::Less
+                && item.rel != *rel
+                && order(&item.rel, rel) == Ordering::Less
             {
                 self.gone(theirs.take());
                 theirs = self.theirs(&mut second).await?;
             }
-            let same_name = theirs.as_ref().is_some_and(|item| item.rel == rel);
+            let same_name = theirs.as_ref().is_some_and(|item| item.rel == *rel);
             let other = if same_name { theirs.take() } else { None };
             if let Some(ours) = ours
                 && !self.pair(ours, other).await
@@ -333,15 +335,15 @@ impl Run {
     /// Handles the entries of one name in both trees; returns `false` when nobody takes steps any more.
     async fn pair(&mut self, ours: Item, theirs: Option<Item>) -> bool {
         self.enter(&ours.rel);
-        let rel = ours.rel.clone();
         let is_dir = ours.entry.kind == EntryKind::Dir;
-        if self.blocked.as_ref().is_some_and(|dir| !is_in(&rel, dir)) {
+        let left = |dir: &String| !is_in(&ours.rel, dir);
+        if self.blocked.as_ref().is_some_and(left) {
             self.blocked = None;
         }
         let theirs = match theirs {
             Some(theirs) if theirs.entry.kind != ours.entry.kind => {
                 if ours.entry.kind == EntryKind::Other {
-                    return self.special(&rel).await;
+                    return self.special(&ours.rel).await;
                 }
                 if !self.comparison.delete {
                     let text = format!(
@@ -349,21 +351,21 @@ impl Run {
                         crate::output::printable(&theirs.entry.path)
                     );
                     let failure = crate::exit::Failure::new(crate::exit::Kind::Policy, text);
-                    self.fail(&rel, failure.into()).await;
-                    self.blocked = Some(rel);
+                    self.fail(&ours.rel, failure.into()).await;
+                    self.blocked = Some(ours.rel);
                     return true;
                 }
-                self.blocked = Some(rel.clone());
+                self.blocked = Some(ours.rel.clone());
                 self.gone(Some(theirs));
                 None
             }
             theirs => theirs,
         };
         let step = match (ours.entry.kind, theirs) {
-            (EntryKind::Other, _) => return self.special(&rel).await,
+            (EntryKind::Other, _) => return self.special(&ours.rel).await,
             (EntryKind::File, Some(theirs)) if !self.differs(&ours, &theirs.entry) => return true,
             (EntryKind::File, None) if self.may_be_moved(&ours) => {
-                self.changes(&rel);
+                self.changes(&ours.rel);
                 self.late.push(ours);
                 return true;
             }
@@ -382,7 +384,8 @@ impl Run {
             }
             (EntryKind::Dir, None) => Step::Other(ours),
         };
-        self.changes(&rel);
+        let (Step::File(item, _) | Step::Other(item)) = &step;
+        self.changes(&item.rel);
         if let (true, Step::Other(dir)) = (is_dir, &step) {
             self.open.push((dir.clone(), true));
         }

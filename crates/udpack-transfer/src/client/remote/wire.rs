@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use serde::de::{Error, SeqAccess, Visitor};
+use serde::de::{Error, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::broken;
@@ -47,6 +47,8 @@ pub(super) struct ListFields<'a> {
     )]
     pub(super) after: Option<&'a str>,
     pub(super) limit: u64,
+    /// Rows are shorter than entries. A server that does not know them sends those.
+    pub(super) rows: bool,
 }
 
 #[derive(Serialize)]
@@ -61,7 +63,7 @@ pub(super) struct RemoveFields<'a> {
 pub(super) struct Found {
     #[serde(default, deserialize_with = "names::deserialize_opt")]
     path: Option<String>,
-    kind: String,
+    kind: Word,
     size: u64,
     mtime: i64,
     #[serde(default)]
@@ -81,24 +83,18 @@ impl Found {
     }
 
     /// The entry of the name in the answer, after checking that name.
-    pub(super) fn listed(mut self) -> Result<Entry, TransferError> {
+    fn listed(mut self) -> Result<Entry, TransferError> {
         let Some(path) = self.path.take() else {
             return Err(broken("an entry without a path"));
         };
-        let path: RelPath = path
-            .parse()
-            .map_err(|error| broken(format!("an entry with a {error}")))?;
-        self.checked(path.as_str().to_owned())
+        let path = listed(&path)?;
+        self.checked(path)
     }
 
     fn checked(self, path: String) -> Result<Entry, TransferError> {
         let wrong = |what: &str| broken(format!("entry {}: {what}", printable(&path)));
-        let kind = match self.kind.as_str() {
-            "file" => Kind::File,
-            "dir" => Kind::Dir,
-            "link" => Kind::Link,
-            "other" => Kind::Other,
-            _ => return Err(wrong("its kind is none of file, dir, link, other")),
+        let Some(kind) = self.kind.0 else {
+            return Err(wrong("its kind is none of file, dir, link, other"));
         };
         if i64::try_from(self.size).is_err() {
             return Err(wrong("its size is beyond every file"));
@@ -129,12 +125,138 @@ impl Found {
     }
 }
 
+/// The name that was listed, after checking it.
+fn listed(path: &str) -> Result<String, TransferError> {
+    let path: Result<RelPath, _> = path.parse();
+    path.map(String::from)
+        .map_err(|error| broken(format!("an entry with a {error}")))
+}
+
+/// The kind of an entry, if its word is known.
+#[derive(Debug)]
+struct Word(Option<Kind>);
+
+impl<'de> Deserialize<'de> for Word {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OfKind;
+
+        impl Visitor<'_> for OfKind {
+            type Value = Word;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the kind of an entry: str")
+            }
+
+            fn visit_str<E: Error>(self, word: &str) -> Result<Word, E> {
+                Ok(Word(match word {
+                    "file" => Some(Kind::File),
+                    "dir" => Some(Kind::Dir),
+                    "link" => Some(Kind::Link),
+                    "other" => Some(Kind::Other),
+                    _ => None,
+                }))
+            }
+        }
+
+        deserializer.deserialize_str(OfKind)
+    }
+}
+
+/// A page of a list, as entries or as rows.
 #[derive(Debug, Deserialize)]
 pub(super) struct Page {
-    pub(super) entries: Vec<Found>,
+    #[serde(default)]
+    entries: Option<Vec<Found>>,
+    /// Directories, each with entries in it.
+    #[serde(default)]
+    dirs: Option<Vec<(Name, Vec<Row>)>>,
     #[serde(default)]
     pub(super) more: bool,
 }
+
+impl Page {
+    /// Its entries, each with a checked name, in the order in which they came. `most`: how many were asked for.
+    pub(super) fn listed(self, most: usize) -> Result<Vec<Entry>, TransferError> {
+        let longer = || broken("a page of a list is longer than was asked for");
+        let dirs = match (self.entries, self.dirs) {
+            (Some(entries), None) if entries.len() > most => return Err(longer()),
+            (Some(entries), None) => return entries.into_iter().map(Found::listed).collect(),
+            (None, Some(dirs)) => dirs,
+            _ => return Err(broken("a page of a list has no entries")),
+        };
+        let count = dirs.iter().map(|(_, rows)| rows.len()).sum();
+        if count > most {
+            return Err(longer());
+        }
+        let mut entries = Vec::with_capacity(count);
+        for (Name(dir), rows) in dirs {
+            for Row(Name(name), found) in rows {
+                if name.contains('/') {
+                    return Err(broken("a row of a list has a slash in its name"));
+                }
+                let path = match dir.as_str() {
+                    "" => listed(&name)?,
+                    dir => listed(&format!("{dir}/{name}"))?,
+                };
+                entries.push(found.checked(path)?);
+            }
+        }
+        Ok(entries)
+    }
+}
+
+/// An entry and its last name.
+#[derive(Debug)]
+struct Row(Name, Found);
+
+impl<'de> Deserialize<'de> for Row {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Row;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "a row: array of name, kind, size, mtime, mtime_ns, mode, target, unread",
+                )
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut row: A) -> Result<Row, A::Error> {
+                fn next<'de, A, T>(row: &mut A, index: usize) -> Result<T, A::Error>
+                where
+                    A: SeqAccess<'de>,
+                    T: Deserialize<'de>,
+                {
+                    let missing = || A::Error::invalid_length(index, &"a row of at least 6");
+                    row.next_element()?.ok_or_else(missing)
+                }
+                let name = next(&mut row, 0)?;
+                let found = Found {
+                    path: None,
+                    kind: next(&mut row, 1)?,
+                    size: next(&mut row, 2)?,
+                    mtime: next(&mut row, 3)?,
+                    mtime_ns: next(&mut row, 4)?,
+                    mode: next(&mut row, 5)?,
+                    target: row
+                        .next_element::<Option<Name>>()?
+                        .flatten()
+                        .map(|Name(target)| target),
+                    unread: row.next_element()?.unwrap_or(false),
+                };
+                while row.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Row(name, found))
+            }
+        }
+
+        deserializer.deserialize_seq(Fields)
+    }
+}
+
+/// A name in its text form.
+#[derive(Debug, Deserialize)]
+struct Name(#[serde(deserialize_with = "names::deserialize")] String);
 
 #[derive(Debug, Deserialize)]
 pub(super) struct Gone {
