@@ -4,11 +4,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use cap_std::fs::Dir;
 
 use super::changes::{Changes, Noted, What};
+use super::disk::below;
 use super::disk::{self, Id, Made};
 use super::partial::{Body, Staged};
 use super::quota::charge;
@@ -198,9 +200,16 @@ impl Whole {
             Some(metadata) => charge(metadata.len()),
             None => 0,
         };
+        let old = match replaced >= LARGE {
+            true => below::hold(dir, name).ok(),
+            false => None,
+        };
         match inner.disk.replace(&self.staged.name, dir, name) {
             Ok(()) => {
                 self.staged.published();
+                if let Some(old) = old {
+                    release(old);
+                }
                 Ok(replaced)
             }
             // A directory took the name since the check.
@@ -236,6 +245,15 @@ impl Whole {
         StoreError::Exists {
             path: self.path.clone(),
         }
+    }
+}
+
+/// Gives the room of a replaced file back on another thread: of a large one that takes a while, for which its sender need not
+/// wait.
+fn release(old: OwnedFd) {
+    // Outside of a runtime it is dropped here.
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn_blocking(move || drop(old));
     }
 }
 
@@ -451,6 +469,8 @@ pub(super) fn numbered(path: &RelPath, number: u32) -> String {
 
 /// Highest number tried for a free name.
 pub(super) const LAST_NUMBER: u32 = 999;
+/// From this size on, the room of a replaced file is given back on another thread.
+const LARGE: u64 = 16 << 20;
 /// Directories of a batch that are held open before they are synced.
 const OPEN_LIMIT: usize = 64;
 /// Directories that are synced one by one; more are by one call for the whole file system.

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use cap_std::fs::{Dir, Metadata, MetadataExt as _};
@@ -61,6 +62,12 @@ impl Disk {
 pub(in crate::store) fn enter(dir: &Dir, name: impl rustix::path::Arg) -> Result<Dir, Errno> {
     let dir = rustix::fs::openat(dir, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
     Ok(Dir::from_std_file(File::from(dir)))
+}
+
+/// Keeps what has this name while it loses the name. Opens nothing for reading.
+pub(in crate::store) fn hold(dir: &Dir, name: &str) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(dir, &*names::os(name), flags, Mode::empty())
 }
 
 /// Makes a directory that only we can enter. One that is there already stays as it is, and the answer is false.
