@@ -407,6 +407,92 @@ async fn a_file_that_changes_behind_its_list_is_still_downloaded_as_it_is() {
 struct Chunks {
     size: u64,
     end: u64,
+    #[serde(deserialize_with = "list")]
+    chunks: Vec<u8>,
+}
+
+/// What is `bin`.
+fn list<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+    struct Bin;
+
+    impl serde::de::Visitor<'_> for Bin {
+        type Value = Vec<u8>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("bin")
+        }
+
+        fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+            Ok(bytes.to_vec())
+        }
+    }
+
+    from.deserialize_bytes(Bin)
+}
+
+#[tokio::test]
+async fn parts_that_overlap_are_those_of_the_whole_list() {
+    bounded(async {
+        let fixture = Fixture::with(stores(), readable()).await;
+        keep(&fixture, "x", &noise(21, 1_000_000));
+        let socket = fixture.connect().await;
+        let lane = RawLane::open(&socket).await;
+        let ask = async |from: u64, to: u64| {
+            let (event, data) = chunks("x", 4096, from);
+            let found: Chunks = lane
+                .request(&(event, with(data, "to", to)))
+                .await
+                .expect("a list");
+            // Where each chunk ends, and its hash.
+            let mut end = from;
+            let ends = found.chunks.chunks_exact(20).map(|chunk| {
+                let (len, hash) = chunk.split_at(4);
+                end += u64::from(u32::from_be_bytes(len.try_into().expect("4 bytes")));
+                (end, hash.to_vec())
+            });
+            let ends: Vec<_> = ends.collect();
+            assert_eq!(ends.last().map_or(from, |(end, _)| *end), found.end);
+            ends
+        };
+        let whole = ask(0, u64::MAX).await;
+        assert_eq!(whole.last().map(|(end, _)| *end), Some(1_000_000));
+        // It ends with the chunk that goes beyond what was asked for.
+        let first = ask(0, 500_000).await;
+        assert_eq!(whole[..first.len()], first[..]);
+        assert!(first[first.len() - 2].0 < 500_000 && first[first.len() - 1].0 >= 500_000);
+        // From the middle on it is the same list after a few chunks.
+        let rest = ask(400_000, u64::MAX).await;
+        let again = rest.iter().position(|chunk| whole.contains(chunk));
+        let again = again.expect("a chunk of the whole list");
+        assert!(again < 10, "{again} other chunks");
+        assert_eq!(whole[whole.len() - (rest.len() - again)..], rest[again..]);
+        for (from, to) in [(0, 0), (5, 5), (5, 3), (u64::MAX, 0)] {
+            assert!(ask(from, to).await.is_empty(), "{from} {to}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_base_of_many_parts_is_found_whole() {
+    bounded(async {
+        // As long as several parts, which are cut at the same time.
+        let fixture = Fixture::with(stores(), readable()).await;
+        let old = noise(22, 70 << 20);
+        let new = [&old[40 << 20..], b"between", &old[..40 << 20]].concat();
+        keep(&fixture, "x", &old);
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = local(dir.path(), &new);
+        let socket = fixture.connect().await;
+        let outcome = put(&socket, Source::file(&file, rel("x")), Delta::Always).await;
+        assert!(fixture.stored("x") == new);
+        // The share that may be sent before the last part is known, and what is around the borders.
+        let most = (new.len() / 64).max(1 << 20) + (300 << 10);
+        assert!(outcome.sent <= most as u64, "{} sent", outcome.sent);
+        assert_eq!(outcome.sent + outcome.copied, new.len() as u64);
+        fixture.settled().await;
+    })
+    .await;
 }
 
 fn chunks(path: &str, average: u64, from: u64) -> Say {

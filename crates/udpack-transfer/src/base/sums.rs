@@ -33,7 +33,7 @@ impl Cutter {
 
     /// As fits a file of this size: some ten thousand chunks, and no list longer than one in some hundred bytes.
     pub(crate) fn fit(size: u64) -> Self {
-        let average = (size >> 17).next_power_of_two();
+        let average = (size >> 16).next_power_of_two();
         let average = average.clamp(8 << 10, AVERAGES.1);
         Self {
             average: usize::try_from(average).unwrap_or(8 << 10),
@@ -49,9 +49,14 @@ impl Cutter {
         self.average * 4
     }
 
+    /// The shortest chunk, but for the last one of a file.
+    pub(crate) fn shortest(self) -> usize {
+        self.average / 4
+    }
+
     /// The length of the first chunk of these bytes, which are at least [`longest`](Self::longest) or end with the file.
     fn cut(self, bytes: &[u8]) -> usize {
-        let cdc = FastCDC::new(bytes, self.average / 4, self.average, self.longest());
+        let cdc = FastCDC::new(bytes, self.shortest(), self.average, self.longest());
         let (_, end) = cdc.cut(0, bytes.len());
         end.clamp(bytes.len().min(1), bytes.len())
     }
@@ -62,8 +67,9 @@ impl Cutter {
 pub(crate) struct Cutting {
     cutter: Cutter,
     bytes: Vec<u8>,
-    /// Where the next chunk begins in them.
+    /// Where the next chunk begins in them, and where what was given ends.
     start: usize,
+    filled: usize,
     ended: bool,
 }
 
@@ -73,19 +79,31 @@ impl Cutting {
             cutter,
             bytes: Vec::new(),
             start: 0,
+            filled: 0,
             ended: false,
         }
     }
 
     /// Whether more has to come before the next chunk is known.
     pub(crate) fn needs(&self) -> bool {
-        !self.ended && self.bytes.len() - self.start < self.cutter.longest()
+        !self.ended && self.filled - self.start < self.cutter.longest()
     }
 
-    pub(crate) fn add(&mut self, bytes: &[u8]) {
-        self.bytes.drain(..self.start);
+    /// Room for the next bytes. Of these, [`add`](Self::add) tells how many there are.
+    pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
+        self.bytes.copy_within(self.start..self.filled, 0);
+        self.filled -= self.start;
         self.start = 0;
-        self.bytes.extend_from_slice(bytes);
+        let end = self.filled + len;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        self.bytes.get_mut(self.filled..end).unwrap_or_default()
+    }
+
+    /// So many bytes are in the room.
+    pub(crate) fn add(&mut self, len: usize) {
+        self.filled = (self.filled + len).min(self.bytes.len());
     }
 
     /// Nothing more comes.
@@ -93,19 +111,25 @@ impl Cutting {
         self.ended = true;
     }
 
+    /// What was given and belongs to no chunk yet.
+    pub(crate) fn rest(&self) -> &[u8] {
+        self.bytes.get(self.start..self.filled).unwrap_or_default()
+    }
+
     /// The next chunk; `None` where more has to come, or all is cut.
     pub(crate) fn next(&mut self) -> Option<&[u8]> {
-        if self.needs() {
+        if self.needs() || self.rest().is_empty() {
             return None;
         }
-        let rest = self
-            .bytes
-            .get(self.start..)
-            .filter(|rest| !rest.is_empty())?;
-        let len = self.cutter.cut(rest);
+        let len = self.cutter.cut(self.rest());
+        Some(self.take(len))
+    }
+
+    /// The next chunk, whose length is known.
+    pub(crate) fn take(&mut self, len: usize) -> &[u8] {
         let from = self.start;
-        self.start += len;
-        self.bytes.get(from..self.start)
+        self.start = (from + len).min(self.filled);
+        self.bytes.get(from..self.start).unwrap_or_default()
     }
 }
 
@@ -129,23 +153,38 @@ pub(crate) fn write(list: &mut Vec<u8>, chunk: &[u8]) {
 #[derive(Debug)]
 pub(crate) struct Sums {
     cutter: Cutter,
-    /// Where the chunks with these hashes are, and how long they are.
-    places: HashMap<[u8; SUM], (u64, u32)>,
+    /// In the order of their places, which do not overlap.
+    chunks: Vec<Chunk>,
+    /// The index of the first chunk with this hash.
+    first: HashMap<[u8; SUM], usize>,
     /// Where those are again that are there several times.
     repeated: HashMap<[u8; SUM], Vec<u64>>,
-    /// Where the next page begins.
+    /// Where the list so far ends.
     end: u64,
-    count: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    at: u64,
+    len: usize,
+    sum: [u8; SUM],
+}
+
+/// A chunk that was found: its offset at the other side, and the number of the one behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) from: u64,
+    next: usize,
 }
 
 impl Sums {
     pub(crate) fn new(cutter: Cutter) -> Self {
         Self {
             cutter,
-            places: HashMap::new(),
+            chunks: Vec::new(),
+            first: HashMap::new(),
             repeated: HashMap::new(),
             end: 0,
-            count: 0,
         }
     }
 
@@ -160,56 +199,88 @@ impl Sums {
 
     /// Whether no more chunks are taken.
     pub(crate) fn is_full(&self) -> bool {
-        self.count >= MOST
+        self.chunks.len() >= MOST
     }
 
-    /// Takes a page of the list; why it is none.
-    pub(crate) fn read(&mut self, page: &[u8]) -> Result<(), &'static str> {
+    /// Takes a page of the list, which begins at the offset `from`; returns where it ends, or why it is none. Chunks that
+    /// begin before the end of the page before are passed over.
+    pub(crate) fn read(&mut self, from: u64, page: &[u8]) -> Result<u64, &'static str> {
         if !page.len().is_multiple_of(ENTRY) {
             return Err("a list of chunks ends within one");
         }
+        let mut at = from;
         for entry in page.chunks_exact(ENTRY) {
             let (len, sum) = entry.split_at(4);
             let len = u32::from_be_bytes(len.try_into().unwrap_or_default());
-            if len == 0 || len as usize > self.cutter.longest() {
+            let bytes = len as usize;
+            if len == 0 || bytes > self.cutter.longest() {
                 return Err("a chunk is longer than was asked for, or empty");
             }
-            if self.is_full() {
-                return Err("a list of chunks is too long");
-            }
-            self.count += 1;
-            let sum: [u8; SUM] = sum.try_into().unwrap_or_default();
-            match self.places.entry(sum) {
-                Entry::Vacant(place) => {
-                    place.insert((self.end, len));
+            let end = at.checked_add(len.into());
+            let end = end.ok_or("a list of chunks is longer than any file")?;
+            if at >= self.end {
+                if self.is_full() {
+                    return Err("a list of chunks is too long");
                 }
-                Entry::Occupied(first) if first.get().1 == len => {
-                    self.repeated.entry(sum).or_default().push(self.end);
-                }
-                Entry::Occupied(_) => {}
+                self.note(Chunk {
+                    at,
+                    len: bytes,
+                    sum: sum.try_into().unwrap_or_default(),
+                });
+                self.end = end;
             }
-            self.end = self
-                .end
-                .checked_add(len.into())
-                .ok_or("a list of chunks is longer than any file")?;
+            at = end;
         }
-        Ok(())
+        Ok(at)
+    }
+
+    fn note(&mut self, chunk: Chunk) {
+        let index = self.chunks.len();
+        match self.first.entry(chunk.sum) {
+            Entry::Vacant(place) => {
+                place.insert(index);
+            }
+            Entry::Occupied(first) => {
+                let first = self.chunks.get(*first.get());
+                if first.is_some_and(|first| first.len == chunk.len) {
+                    self.repeated.entry(chunk.sum).or_default().push(chunk.at);
+                }
+            }
+        }
+        self.chunks.push(chunk);
     }
 
     /// Where the other side has these bytes.
-    pub(crate) fn find(&self, chunk: &[u8]) -> Option<u64> {
-        let (from, len) = self.places.get(&sum(chunk))?;
-        (*len as usize == chunk.len()).then_some(*from)
+    pub(crate) fn find(&self, chunk: &[u8]) -> Option<Place> {
+        let index = *self.first.get(&sum(chunk))?;
+        let found = self.chunks.get(index)?;
+        (found.len == chunk.len()).then_some(Place {
+            from: found.at,
+            next: index + 1,
+        })
+    }
+
+    /// Whether these bytes begin with the chunk behind this one; if so, its place and length. It is the next one that cutting
+    /// would find, and finding out takes less.
+    pub(crate) fn goes_on(&self, place: Place, bytes: &[u8]) -> Option<(Place, usize)> {
+        let next = self.chunks.get(place.next)?;
+        let chunk = bytes.get(..next.len)?;
+        let place = Place {
+            from: next.at,
+            next: place.next + 1,
+        };
+        (sum(chunk) == next.sum).then_some((place, next.len))
     }
 
     /// All places where the other side has these bytes, told once.
     pub(crate) fn take(&mut self, chunk: &[u8]) -> Vec<u64> {
         let sum = sum(chunk);
-        match self.places.get(&sum) {
-            Some((first, len)) if *len as usize == chunk.len() => {
+        let first = self.first.get(&sum).and_then(|at| self.chunks.get(*at));
+        match first.copied() {
+            Some(first) if first.len == chunk.len() => {
                 let mut all = self.repeated.remove(&sum).unwrap_or_default();
-                all.push(*first);
-                self.places.remove(&sum);
+                all.push(first.at);
+                self.first.remove(&sum);
                 all
             }
             _ => Vec::new(),
@@ -238,7 +309,10 @@ mod tests {
         loop {
             while cutting.needs() {
                 match pieces.next() {
-                    Some(piece) => cutting.add(piece),
+                    Some(piece) => {
+                        cutting.room(piece.len()).copy_from_slice(piece);
+                        cutting.add(piece.len());
+                    }
                     None => cutting.end(),
                 }
             }
@@ -275,13 +349,13 @@ mod tests {
             write(&mut list, &chunk);
         }
         let mut sums = Sums::new(cutter);
-        sums.read(&list).expect("a list");
+        assert_eq!(sums.read(0, &list), Ok(1_000_000));
         assert_eq!(sums.end(), 1_000_000);
         let new = [&old[..500_000], b"in between", &old[500_000..]].concat();
         let (mut found, mut fresh) = (0, 0);
         for chunk in chunks(&new, cutter, 1 << 20) {
             match sums.find(&chunk) {
-                Some(from) => {
+                Some(Place { from, .. }) => {
                     let from = usize::try_from(from).expect("small");
                     assert_eq!(old[from..from + chunk.len()], chunk[..]);
                     found += chunk.len();
@@ -299,7 +373,7 @@ mod tests {
             write(&mut list, chunk);
         }
         let mut sums = Sums::new(Cutter::fit(1));
-        sums.read(&list).expect("a list");
+        sums.read(0, &list).expect("a list");
         let mut all = sums.take(b"one");
         all.sort_unstable();
         assert_eq!(all, [0, 6, 14]);
@@ -307,20 +381,75 @@ mod tests {
         for told in [&b"one"[..], b"two", b"four"] {
             assert!(sums.take(told).is_empty());
         }
-        assert_eq!(sums.find(b"three"), Some(9));
+        assert_eq!(sums.find(b"three").map(|place| place.from), Some(9));
+    }
+
+    #[test]
+    fn pages_that_overlap_make_the_list_that_one_page_would_be() {
+        let cutter = Cutter::fit(1);
+        let bytes = random(1_000_000, 2);
+        let list = |from: usize, to: usize| {
+            let (mut list, mut end) = (Vec::new(), from);
+            for chunk in chunks(&bytes[from..], cutter, 1 << 20) {
+                if end >= to {
+                    break;
+                }
+                end += chunk.len();
+                write(&mut list, &chunk);
+            }
+            (list, end as u64)
+        };
+        let (whole, end) = list(0, bytes.len());
+        let mut one = Sums::new(cutter);
+        assert_eq!(one.read(0, &whole), Ok(end));
+        let mut two = Sums::new(cutter);
+        let ((first, first_end), (second, _)) = (list(0, 700_000), list(500_000, bytes.len()));
+        assert_eq!(two.read(0, &first), Ok(first_end));
+        assert_eq!(two.read(500_000, &second), Ok(1_000_000));
+        let places = |sums: &Sums| -> Vec<_> {
+            let chunks = sums.chunks.iter();
+            chunks.map(|chunk| (chunk.at, chunk.len)).collect()
+        };
+        assert_eq!(places(&one), places(&two));
+    }
+
+    #[test]
+    fn the_chunk_behind_one_that_was_found_is_known_by_its_hash_alone() {
+        let cutter = Cutter::fit(1);
+        let bytes = random(200_000, 3);
+        let all = chunks(&bytes, cutter, 1 << 20);
+        let mut list = Vec::new();
+        for chunk in &all {
+            write(&mut list, chunk);
+        }
+        let mut sums = Sums::new(cutter);
+        sums.read(0, &list).expect("a list");
+        let mut place = sums.find(&all[0]).expect("the first");
+        let mut at = all[0].len();
+        for chunk in &all[1..] {
+            let (next, len) = sums.goes_on(place, &bytes[at..]).expect("the next");
+            assert_eq!((next.from, len), (at as u64, chunk.len()));
+            (place, at) = (next, at + len);
+        }
+        assert_eq!(sums.goes_on(place, &bytes), None, "there is no other");
+        let first = sums.find(&all[0]).expect("the first");
+        assert_eq!(sums.goes_on(first, &bytes), None, "other bytes");
+        assert_eq!(sums.goes_on(first, &all[1][1..]), None, "too few");
     }
 
     #[test]
     fn a_list_that_cannot_be_one_is_refused() {
         let cutter = Cutter::fit(1);
         let entry = |len: u32| [&len.to_be_bytes()[..], &[7; 16]].concat();
-        let read = |list: &[u8]| Sums::new(cutter).read(list);
+        let read = |list: &[u8]| Sums::new(cutter).read(0, list);
         read(&entry(1)).expect("a chunk");
         read(&[]).expect("no chunk");
         read(&entry(1)[..19]).expect_err("cut off");
         read(&entry(0)).expect_err("empty");
         read(&entry(u32::MAX)).expect_err("longer than asked for");
         read(&entry(1).repeat(MOST + 1)).expect_err("too many");
+        let beyond = Sums::new(cutter).read(u64::MAX, &entry(1));
+        beyond.expect_err("longer than any file");
     }
 
     #[test]
@@ -332,7 +461,8 @@ mod tests {
             let cutter = Cutter::fit(size);
             assert_eq!(Cutter::new(cutter.average()), Some(cutter), "{size}");
         }
-        assert_eq!(Cutter::fit(1 << 30).average(), 8 << 10);
+        assert_eq!(Cutter::fit(1 << 29).average(), 8 << 10);
+        assert_eq!(Cutter::fit(1 << 30).average(), 16 << 10);
         assert_eq!(Cutter::fit(1 << 40).average(), 4 << 20);
     }
 }

@@ -334,7 +334,11 @@ impl Context {
             return None;
         }
         let size = wanted.size.unwrap_or(here.size);
-        match self.remote.sums(&wanted.remote, size).await {
+        let sums = async {
+            let (sums, others) = self.remote.sums(&wanted.remote, size).await?;
+            others.all(sums).await
+        };
+        match sums.await {
             Ok(sums) => Some(sums).filter(|sums| sums.end() > SMALL && !sums.is_full()),
             Err(error) => {
                 if no_delta(&error) {

@@ -12,16 +12,18 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{Stream, StreamExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use udpack::{Channel, RequestError, SendError};
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
-use crate::base::sums::{Cutter, Sums};
+use crate::base::sums::{Cutter, ENTRY, Sums};
 use crate::client::link::{Link, Loss};
+use crate::local::base::Page;
 use crate::local::error::TransferError;
 use crate::store::{Entry, Removed};
 use crate::wire::CHANNEL;
@@ -34,6 +36,11 @@ pub use wire::{Rights, ShareEntry, ShareWish, Shared};
 /// Entries of the first page of a list, which somebody waits for, and of each further one.
 const FIRST: usize = 512;
 const PAGE: usize = 4_000;
+/// Chunks of one part of a list of chunks, on average; parts that are cut at the same time; the longest chunks by which a part
+/// goes on into the next one.
+const PART: u64 = 2_048;
+const PARTS: usize = 8;
+const OVERLAP: u64 = 4;
 /// How long the server may take to look something up.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long it may take to read a whole file or to remove a tree. It sends nothing meanwhile; the connection's timers
@@ -139,29 +146,25 @@ impl Remote {
         Ok((hashed.size, hashed.hash.0))
     }
 
-    /// The chunks of a file at the server, for a source of this size. Returns no more chunks than a comparison uses.
-    pub(crate) async fn sums(&self, path: &RelPath, size: u64) -> Result<Sums, TransferError> {
+    /// The first chunks of a file at the server, for a source of this size, and what fetches the others.
+    pub(crate) async fn sums(
+        &self,
+        path: &RelPath,
+        size: u64,
+    ) -> Result<(Sums, Others), TransferError> {
         let cutter = Cutter::fit(size);
         let mut sums = Sums::new(cutter);
-        loop {
-            let asked = wire::ChunksFields {
-                path: path.as_str(),
-                average: cutter.average(),
-                from: sums.end(),
-            };
-            let page: wire::Chunks = self.ask("chunks", &asked, LONG).await?;
-            let before = sums.end();
-            sums.read(&page.chunks.0).map_err(broken)?;
-            if sums.end() != page.end || page.end > page.size {
-                return Err(broken("a list of chunks does not end where it says"));
-            }
-            if sums.end() >= page.size || sums.is_full() {
-                return Ok(sums);
-            }
-            if sums.end() == before {
-                return Err(broken("an empty list of chunks is said to have more"));
-            }
-        }
+        let mut others = Others {
+            remote: self.clone(),
+            path: path.clone(),
+            cutter,
+            from: 0,
+            size: u64::MAX,
+        };
+        let (list, size) = others.part(0, others.length()).await?;
+        others.from = sums.read(0, &list).map_err(broken)?;
+        others.size = size;
+        Ok((sums, others))
     }
 
     /// The rights of this client's token.
@@ -306,6 +309,111 @@ impl Remote {
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Remote").finish_non_exhaustive()
+    }
+}
+
+/// Fetches the chunks of a file behind the first ones. Several parts of the file are cut at the same time.
+#[derive(Debug)]
+pub(crate) struct Others {
+    remote: Remote,
+    path: RelPath,
+    cutter: Cutter,
+    /// Where they begin.
+    from: u64,
+    /// The size of the file.
+    size: u64,
+}
+
+impl Others {
+    /// The length of a part.
+    fn length(&self) -> u64 {
+        self.cutter.average() * PART
+    }
+
+    /// All chunks: these and the others. No more than a comparison uses.
+    pub(crate) async fn all(self, mut sums: Sums) -> Result<Sums, TransferError> {
+        let mut parts = std::pin::pin!(self.parts());
+        while let Some(part) = parts.next().await {
+            let (from, list) = part?;
+            if sums.is_full() {
+                break;
+            }
+            sums.read(from, &list).map_err(broken)?;
+        }
+        Ok(sums)
+    }
+
+    /// Gives each part, in order, until one fails or nobody takes it.
+    pub(crate) async fn give(&self, pages: mpsc::Sender<Page>) {
+        let mut parts = std::pin::pin!(self.parts());
+        while let Some(part) = parts.next().await {
+            match part {
+                Ok(page) => {
+                    if pages.send(page).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    let path = self.path.as_str();
+                    tracing::debug!(%error, path, "no more chunks to compare with");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The parts in order, each with its offset. A part goes on a little into the next one: where cutting begins in the
+    /// middle, the first chunks are not those of the whole file.
+    fn parts(&self) -> impl Stream<Item = Result<Page, TransferError>> + use<'_> {
+        let length = self.length();
+        let mut from = self.from;
+        let starts = std::iter::from_fn(move || {
+            let start = from;
+            from = from.saturating_add(length);
+            (start < self.size).then_some(start)
+        });
+        let overlap = self.cutter.longest() as u64 * OVERLAP;
+        let parts = starts.map(move |from| async move {
+            let to = from.saturating_add(length + overlap);
+            let (list, size) = self.part(from, to).await?;
+            match size == self.size {
+                true => Ok((from, list)),
+                false => Err(broken("the file has another size than before")),
+            }
+        });
+        futures_util::stream::iter(parts).buffered(PARTS)
+    }
+
+    /// The list of the chunks between these offsets, and the size of the file.
+    async fn part(&self, from: u64, to: u64) -> Result<(Vec<u8>, u64), TransferError> {
+        let (mut list, mut at) = (Vec::new(), from);
+        let most = to.saturating_sub(from) / self.cutter.shortest() as u64 + 2;
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        loop {
+            let asked = wire::ChunksFields {
+                path: self.path.as_str(),
+                average: self.cutter.average(),
+                from: at,
+                to,
+            };
+            let page: wire::Chunks = self.remote.ask("chunks", &asked, LONG).await?;
+            let mut one = Sums::new(self.cutter);
+            let end = one.read(at, &page.chunks.0).map_err(broken)?;
+            if end != page.end || end > page.size {
+                return Err(broken("a list of chunks does not end where it says"));
+            }
+            list.extend_from_slice(&page.chunks.0);
+            if list.len() / ENTRY > most {
+                return Err(broken("a list has more chunks than fit into that part"));
+            }
+            if end >= to.min(page.size) {
+                return Ok((list, page.size));
+            }
+            if end == at {
+                return Err(broken("an empty list of chunks is said to have more"));
+            }
+            at = end;
+        }
     }
 }
 

@@ -18,7 +18,8 @@ use crate::base::sums::Sums;
 use crate::client::link::Link;
 use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
 use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
-use crate::client::remote::Remote;
+use crate::client::remote::{Others, Remote};
+use crate::local::base::Base;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
 use crate::local::source::{self, Buffers, Known, Opened, Origin, Piece, Source, Whole};
@@ -35,6 +36,8 @@ const IN_FLIGHT: usize = 256;
 const SILENCE: Duration = Duration::from_secs(60);
 /// After this long without a message on an open file, this side sends a sign of life.
 const ALIVE: Duration = Duration::from_secs(5);
+/// Pages of a list of chunks that wait to be compared.
+const PAGES: usize = 2;
 /// The longest range that the server proves of an unfinished file. A longer range means that the file is finished.
 const RANGE: u64 = 64 << 20;
 /// Bytes that a run may send, over all lanes, before the server has answered what it has of their files. The path is
@@ -1026,9 +1029,29 @@ impl Lane<'_> {
         Ok(())
     }
 
-    async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
-        let sums = self.sums(&claim).await;
-        let base = sums.as_ref().and_then(|_| base_of(&claim.source));
+    async fn send_file(self, id: u64, claim: Claim, few: bool) -> Result<(), LaneOver> {
+        let Some((sums, others)) = self.sums(&claim).await else {
+            return self.send_based(id, claim, few, None).await;
+        };
+        // The server cuts the rest of its file while this one is offered and compared.
+        let (pages, taken) = mpsc::channel(PAGES);
+        let base = Base::new(sums, taken, claim.size);
+        let mut sending = Box::pin(self.send_based(id, claim, few, Some(base)));
+        tokio::select! {
+            sent = &mut sending => sent,
+            () = others.give(pages) => sending.await,
+        }
+    }
+
+    /// Sends a file, and of its base only where that has bytes, if these are its chunks.
+    async fn send_based(
+        self,
+        id: u64,
+        mut claim: Claim,
+        few: bool,
+        chunks: Option<Base>,
+    ) -> Result<(), LaneOver> {
+        let base = chunks.as_ref().and_then(|_| base_of(&claim.source));
         claim.based |= base.is_some();
         let early = match base {
             Some(_) => 0,
@@ -1069,7 +1092,7 @@ impl Lane<'_> {
             match ready.await {
                 Ok(Ready { have, base, holes }) => Known {
                     have,
-                    sums: sums.filter(|_| base.is_some()),
+                    base: chunks.filter(|_| base.is_some()),
                     holes,
                     may_tear,
                 },
@@ -1318,7 +1341,7 @@ impl Lane<'_> {
     }
 
     /// The chunks of the base of this file, where asking for them can pay off.
-    async fn sums(self, claim: &Claim) -> Option<Sums> {
+    async fn sums(self, claim: &Claim) -> Option<(Sums, Others)> {
         let uploader = &self.shared.uploader;
         let replaces = uploader.if_exists == IfExists::Overwrite;
         let wanted = self.pays()

@@ -13,8 +13,9 @@ use tokio::sync::mpsc;
 use udpack::Place;
 
 use crate::base::path::RelPath;
-use crate::base::sums::{Cutting, Sums};
+use crate::base::sums::{Cutting, Place as At};
 use crate::base::zeros;
+use crate::local::base::Base;
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
 use crate::local::spool::{Compared, Next, Spool};
@@ -27,6 +28,8 @@ const AHEAD: usize = 4;
 const SPARE: usize = 32;
 /// Bytes per read where the bytes are only hashed.
 const BLOCK: usize = 1 << 20;
+/// Bytes that are read at once to be cut into chunks: they stay in the processor's cache.
+const PART: usize = 256 << 10;
 /// How often the size of a file is asked for again if the file changes between two looks.
 const LOOKS: usize = 3;
 /// Bytes of each [`Samples`].
@@ -443,7 +446,7 @@ pub(crate) struct Known {
     /// What it has of the file.
     pub(crate) have: Have,
     /// The chunks of its base.
-    pub(crate) sums: Option<Sums>,
+    pub(crate) base: Option<Base>,
     /// It takes holes.
     pub(crate) holes: bool,
     /// What was read is sent to its end also where the file has changed meanwhile.
@@ -510,8 +513,8 @@ impl Opened {
     /// it. It holds its place in the pool for as long as it uses the thread.
     ///
     /// Ranges of `have` that are equal here are skipped. Everything is read once, except ranges that differ: these are
-    /// read again to be sent, and only the second read counts. Bytes in no range are looked for among `sums`, the
-    /// chunks of the base. Holes are not read if the other side takes them.
+    /// read again to be sent, and only the second read counts. Bytes in no range are looked for among the chunks of
+    /// the base. Holes are not read if the other side takes them.
     pub(crate) fn read(
         self,
         known: Known,
@@ -524,7 +527,7 @@ impl Opened {
             let _place = place;
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
             let unwanted = || pieces.is_closed();
-            match self.pump(&known, &buffers, &|| pace.chunk(), &mut take, &unwanted) {
+            match self.pump(known, &buffers, &|| pace.chunk(), &mut take, &unwanted) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => {}
                 Err(Stop::Failed(error)) => {
@@ -563,7 +566,7 @@ impl Opened {
 
     fn pump(
         self,
-        known: &Known,
+        known: Known,
         buffers: &Buffers,
         chunk: &dyn Fn() -> usize,
         take: &mut dyn FnMut(Piece) -> bool,
@@ -579,12 +582,13 @@ impl Opened {
         } = self;
         let Known {
             have,
-            sums,
+            base,
             holes,
             may_tear,
         } = known;
+        let have = &have;
         let sparse = match &from {
-            OpenedFrom::File { metadata, .. } => *holes && is_sparse(metadata),
+            OpenedFrom::File { metadata, .. } => holes && is_sparse(metadata),
             _ => false,
         };
         let mut pump = Pump {
@@ -655,13 +659,13 @@ impl Opened {
                         pump.send_to(&mut file, end)?;
                     }
                 }
-                match sums {
-                    Some(sums) => pump.send_changed(&mut file, size, sums)?,
+                match base {
+                    Some(mut base) => pump.send_changed(&mut file, size, &mut base)?,
                     None => pump.send_to(&mut file, size)?,
                 }
                 match pump.change(&mut file, &before)? {
                     None => {}
-                    Some(_) if *may_tear => torn = true,
+                    Some(_) if may_tear => torn = true,
                     Some(change) => return Err(pump.changed(change)),
                 }
             }
@@ -1039,11 +1043,11 @@ impl Pump<'_> {
     }
 
     /// As [`send_to`](Self::send_to), but for chunks that the base has.
-    fn send_changed(&mut self, file: &mut File, to: u64, sums: &Sums) -> Result<(), Stop> {
+    fn send_changed(&mut self, file: &mut File, to: u64, base: &mut Base) -> Result<(), Stop> {
         while self.at < to {
             let end = self.give_holes(file, to)?;
             if self.at < end {
-                self.send_delta(file, end, sums)?;
+                self.send_delta(file, end, base)?;
             }
         }
         Ok(())
@@ -1088,37 +1092,52 @@ impl Pump<'_> {
     }
 
     /// Sends up to the offset `to`, which a file must reach, except the chunks that the base has.
-    fn send_delta(&mut self, file: &mut File, to: u64, sums: &Sums) -> Result<(), Stop> {
-        let mut cutting = Cutting::new(sums.cutter());
-        let mut block = vec![0; least(to - self.at, BLOCK)];
+    fn send_delta(&mut self, file: &mut File, to: u64, base: &mut Base) -> Result<(), Stop> {
+        let mut cutting = Cutting::new(base.cutter());
         let mut read = self.at;
         let mut fresh = Vec::new();
         // Offset in the base, and length.
         let mut known: Option<(u64, u64)> = None;
+        let mut last: Option<At> = None;
+        // Where the next chunk begins.
+        let mut at = self.at;
         loop {
             while cutting.needs() {
                 if (self.unwanted)() {
                     return Err(Stop::Unwanted);
                 }
-                block.truncate(least(to - read, BLOCK));
-                if block.is_empty() {
+                let want = least(to - read, PART);
+                if want == 0 {
                     cutting.end();
                     break;
                 }
-                let filled = read_full(file, &mut block).map_err(|error| self.failed(error))?;
-                if filled < block.len() {
+                let block = cutting.room(want);
+                let filled = read_full(file, block).map_err(|error| self.failed(error))?;
+                if filled < want {
                     return Err(self.ended(file));
                 }
                 if let Some(samples) = &mut self.samples {
-                    samples.note(read, &block);
+                    samples.note(read, block);
                 }
-                self.hasher.update(&block);
+                self.hasher.update(block);
                 read += filled as u64;
-                cutting.add(&block);
+                cutting.add(filled);
             }
-            let Some(chunk) = cutting.next() else { break };
+            let goes_on = last.and_then(|last| base.goes_on(last, cutting.rest()));
+            let chunk = match goes_on {
+                Some((_, len)) => cutting.take(len),
+                None => match cutting.next() {
+                    Some(chunk) => chunk,
+                    None => break,
+                },
+            };
+            last = match goes_on {
+                Some((place, _)) => Some(place),
+                None => base.find(at, chunk),
+            };
             let len = chunk.len() as u64;
-            match (sums.find(chunk), &mut known) {
+            at += len;
+            match (last.map(|last| last.from), &mut known) {
                 (Some(from), Some((start, run))) if *start + *run == from && *run + len <= COPY => {
                     *run += len;
                 }
@@ -1317,7 +1336,7 @@ mod tests {
             sent.push((0, head.to_vec()));
         }
         let pumped = opened.pump(
-            &known(have),
+            known(have),
             &Buffers::default(),
             &|| chunk,
             &mut |piece| {
@@ -1545,7 +1564,7 @@ mod tests {
         assert_eq!(opened.head(1000).unwrap(), bytes[..1000]);
         std::fs::write(&local, &bytes[..500]).unwrap();
         let pumped = opened.pump(
-            &Known::default(),
+            Known::default(),
             &Buffers::default(),
             &|| 1000,
             &mut |_| true,
@@ -1586,7 +1605,7 @@ mod tests {
         assert_eq!(end, hash(&bytes));
         assert!(source.is_spent() && same.is_spent());
         let again = source.open().unwrap().pump(
-            &Known::default(),
+            Known::default(),
             &Buffers::default(),
             &|| 10,
             &mut |_| true,
@@ -1624,7 +1643,7 @@ mod tests {
             may_tear,
             ..Known::default()
         };
-        match opened.pump(&known, &Buffers::default(), &|| chunk, &mut take, &|| false) {
+        match opened.pump(known, &Buffers::default(), &|| chunk, &mut take, &|| false) {
             Ok(()) => Ok(end.unwrap()),
             Err(Stop::Failed(TransferError::SourceChanged { change, .. })) => Err(change),
             Err(Stop::Failed(other)) => panic!("{other}"),
@@ -1774,7 +1793,7 @@ mod tests {
                 true
             };
             let buffers = Buffers::default();
-            let pumped = opened.pump(&known, &buffers, &|| 100_000, &mut take, &|| false);
+            let pumped = opened.pump(known, &buffers, &|| 100_000, &mut take, &|| false);
             assert!(pumped.is_ok());
             assert_eq!((at, passed), (40 << 20, same));
             assert_eq!(end, Some(whole));

@@ -163,7 +163,7 @@ async fn try_send(
     pace.adapt(&channel.stats());
     let known = Known {
         have,
-        sums: None,
+        base: None,
         holes: wanted.holes,
         may_tear: false,
     };

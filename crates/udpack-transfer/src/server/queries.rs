@@ -50,6 +50,7 @@ enum Query {
         path: String,
         cutter: Cutter,
         from: u64,
+        to: u64,
         limit: u64,
     },
 }
@@ -87,6 +88,7 @@ impl Query {
                     expected: "a power of two from 4096 to 4194304",
                 })?,
                 from: fields.opt_u64("from")?.unwrap_or(0),
+                to: fields.opt_u64("to")?.unwrap_or(u64::MAX),
                 limit: fields.opt_u64("limit")?.unwrap_or(CHUNKS),
             },
             _ => return Ok(None),
@@ -359,10 +361,11 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
             path,
             cutter,
             from,
+            to,
             limit,
         } => {
             let file = target.read(&scope.inside(&path)?).await?;
-            let (chunks, end) = cut(&file, cutter, from, limit).await?;
+            let (chunks, end) = cut(&file, cutter, from, to, limit).await?;
             let size = file.size();
             Ok(Found::Chunks { size, chunks, end })
         }
@@ -377,23 +380,27 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
     }
 }
 
-/// Lists the chunks of a file from this offset on, which is where one begins, and says where the list ends.
+/// Lists the chunks of a file that begin between these offsets, at most so many, and says where the list ends.
 async fn cut(
     file: &TargetFile,
     cutter: Cutter,
     from: u64,
+    to: u64,
     limit: u64,
 ) -> Result<(Vec<u8>, u64), StoreError> {
     let mut cutting = Cutting::new(cutter);
     let (mut list, mut read, mut end) = (Vec::new(), from, from);
     for _ in 0..limit {
+        if end >= to {
+            break;
+        }
         while cutting.needs() {
-            let bytes = file.read_at(read, BLOCK).await?;
-            if bytes.is_empty() {
+            let count = file.read_into(read, cutting.room(BLOCK)).await?;
+            if count == 0 {
                 cutting.end();
             }
-            read = read.saturating_add(bytes.len() as u64);
-            cutting.add(&bytes);
+            read = read.saturating_add(count as u64);
+            cutting.add(count);
         }
         let Some(chunk) = cutting.next() else { break };
         sums::write(&mut list, chunk);
@@ -553,7 +560,7 @@ struct ChunksFields {
 /// Chunks of one page, at most.
 const CHUNKS: u64 = 32_768;
 /// Bytes of a file that are read at once.
-const BLOCK: usize = 1 << 20;
+const BLOCK: usize = 256 << 10;
 /// Bytes of a page beside its entries, at most.
 const PAGE_BYTES: usize = 64;
 /// Bytes of an entry beside its path and target, at most: eight keys and what they stand before.

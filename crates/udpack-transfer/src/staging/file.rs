@@ -30,8 +30,8 @@ use crate::wire::{Copied, Have, Hole, RANGES};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;
-/// Bytes of a base that are read in one call.
-const BLOCK: usize = 1 << 20;
+/// Bytes of a base that are read in one call: they stay in the processor's cache until they are hashed and written.
+const BLOCK: usize = 256 << 10;
 /// Steps that one file carries out before the next file has its turn.
 const SHARE: u32 = 16;
 
@@ -451,6 +451,21 @@ enum Stage {
     Ended,
 }
 
+/// Bytes of a file, sent by the other side or read from the base.
+enum Content<'a> {
+    Sent(Bytes),
+    Copied(&'a [u8]),
+}
+
+impl AsRef<[u8]> for Content<'_> {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Sent(bytes) => bytes,
+            Self::Copied(bytes) => bytes,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Comparing {
     with: Compared,
@@ -520,7 +535,9 @@ impl<R: Recipient> Worker<R> {
             Step::First(First::Look(_place)) => self.begin(shared, false).await,
             Step::First(First::Whole(whole)) => self.whole(whole, shared).await,
             Step::Open { size, meta, resume } => self.open(size, meta, resume, shared).await,
-            Step::Chunk(offset, bytes, _room) => self.chunk(offset, bytes, shared).await,
+            Step::Chunk(offset, bytes, _room) => {
+                self.chunk(offset, Content::Sent(bytes), shared).await
+            }
             Step::Copy(copied, _room) => self.copy(copied, shared).await,
             Step::Hole(hole, _room) => self.hole(hole, shared).await,
             Step::Pause => self.checkpoint().await,
@@ -542,15 +559,18 @@ impl<R: Recipient> Worker<R> {
     async fn chunk(
         &mut self,
         offset: Option<u64>,
-        bytes: Bytes,
+        bytes: Content<'_>,
         shared: &Shared<R>,
     ) -> Result<(), StoreError> {
         match &mut self.stage {
             Stage::Writing(upload) => {
-                let (before, len) = (upload.position(), bytes.len() as u64);
+                let (before, len) = (upload.position(), bytes.as_ref().len() as u64);
                 let offset = offset.unwrap_or(before);
                 fits(self.opened, offset.saturating_add(len))?;
-                upload.write(offset, bytes).await?;
+                match bytes {
+                    Content::Sent(bytes) => upload.write(offset, bytes).await?,
+                    Content::Copied(bytes) => upload.write_copy(offset, bytes).await?,
+                }
                 let position = upload.position();
                 shared.received.store(position, Ordering::Relaxed);
                 if let Some(recipient) = &mut self.recipient {
@@ -560,7 +580,7 @@ impl<R: Recipient> Worker<R> {
             // The sender would have sent no bytes of an identical file.
             Stage::Comparing(_) if R::DOWNLOADS => return self.other(),
             Stage::Comparing(comparing) => {
-                return take(&self.plan.path, comparing, &bytes, shared);
+                return take(&self.plan.path, comparing, bytes.as_ref(), shared);
             }
             // The file has ended; chunks that were on their way are dropped.
             Stage::New | Stage::Ended => {}
@@ -576,14 +596,17 @@ impl<R: Recipient> Worker<R> {
         }
         let (mut from, mut offset) = (copied.from, copied.offset);
         let end = offset.saturating_add(copied.len);
+        let part = |left: u64| usize::try_from(left).unwrap_or(BLOCK).min(BLOCK);
+        let mut block = vec![0; part(copied.len)];
         while offset < end {
             let Some(base) = &self.base else {
                 let path = self.plan.base.as_ref().unwrap_or(&self.plan.path).clone();
                 return Err(StoreError::NotFound { path });
             };
-            let want = usize::try_from(end - offset).unwrap_or(BLOCK).min(BLOCK);
-            let bytes = base.read_at(from, want).await?;
-            if bytes.is_empty() || bytes.len() > want {
+            block.truncate(part(end - offset));
+            let count = base.read_into(from, &mut block).await?;
+            let bytes = block.get(..count).unwrap_or_default();
+            if bytes.is_empty() {
                 let expected = base.size();
                 let got = copied.from.saturating_add(copied.len);
                 return Err(StoreError::SizeMismatch { expected, got });
@@ -591,7 +614,7 @@ impl<R: Recipient> Worker<R> {
             let at = offset;
             from = from.saturating_add(bytes.len() as u64);
             offset = offset.saturating_add(bytes.len() as u64);
-            self.chunk(Some(at), bytes, shared).await?;
+            self.chunk(Some(at), Content::Copied(bytes), shared).await?;
         }
         Ok(())
     }
@@ -741,12 +764,13 @@ impl<R: Recipient> Worker<R> {
         let (mut read, mut filled) = (0_u64, 0_u64);
         loop {
             while cutting.needs() {
-                let bytes = old.read_at(read, BLOCK).await.unwrap_or_default();
-                read = read.saturating_add(bytes.len() as u64);
-                if bytes.is_empty() || shared.lock().end.is_some() {
+                let reading = old.read_into(read, cutting.room(BLOCK)).await;
+                let count = reading.unwrap_or(0);
+                read = read.saturating_add(count as u64);
+                if count == 0 || shared.lock().end.is_some() {
                     cutting.end();
                 } else {
-                    cutting.add(&bytes);
+                    cutting.add(count);
                 }
             }
             let Some(chunk) = cutting.next() else { break };

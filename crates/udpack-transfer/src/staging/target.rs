@@ -235,6 +235,14 @@ impl TargetUpload {
         }
     }
 
+    /// As [`write`](Self::write), of bytes that the caller keeps.
+    pub(crate) async fn write_copy(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        match self {
+            Self::Disk(partial) => partial.write_at(offset, bytes),
+            Self::Sink(upload) => upload.write(offset, Bytes::copy_from_slice(bytes)).await,
+        }
+    }
+
     /// Zeros, which take no room on a disk that can do so. A sink gets them as bytes.
     pub(crate) async fn hole(&mut self, offset: u64, len: u64) -> Result<(), StoreError> {
         match self {
@@ -348,23 +356,35 @@ impl TargetFile {
         }
     }
 
-    /// Bytes from this offset on: at most `len`, and none only at its end, or at the end it had when it was opened.
-    pub(crate) async fn read_at(&self, offset: u64, len: usize) -> Result<Bytes, StoreError> {
-        if offset >= self.size() {
-            return Ok(Bytes::new());
+    /// Fills this room with bytes from this offset on, and says how many: none only at its end, or at the end it had when
+    /// it was opened, and fewer than there is room for also elsewhere.
+    pub(crate) async fn read_into(
+        &self,
+        offset: u64,
+        room: &mut [u8],
+    ) -> Result<usize, StoreError> {
+        let left = self.size().saturating_sub(offset);
+        let len = usize::try_from(left).map_or(room.len(), |left| left.min(room.len()));
+        let room = room.get_mut(..len).unwrap_or_default();
+        // Systems refuse offsets beyond every file.
+        if room.is_empty() {
+            return Ok(0);
         }
+        let failed = |cause| StoreError::Io {
+            action: "read a file",
+            cause,
+        };
         match self {
-            Self::Disk(existing) => {
-                let mut bytes = vec![0; len];
-                let read = existing.read_at(&mut bytes, offset);
-                let count = read.map_err(|cause| StoreError::Io {
-                    action: "read a file",
-                    cause,
-                })?;
-                bytes.truncate(count);
-                Ok(bytes.into())
+            Self::Disk(existing) => existing.read_at(room, offset).map_err(failed),
+            Self::Sink(stored) => {
+                let bytes = stored.read_at(offset, len).await?;
+                let Some(room) = room.get_mut(..bytes.len()) else {
+                    let cause = std::io::Error::other("a sink gave more than it was asked for");
+                    return Err(failed(cause));
+                };
+                room.copy_from_slice(&bytes);
+                Ok(bytes.len())
             }
-            Self::Sink(stored) => stored.read_at(offset, len).await,
         }
     }
 

@@ -285,6 +285,7 @@ pub(super) struct ChunksFields<'a> {
     pub(super) path: &'a str,
     pub(super) average: u64,
     pub(super) from: u64,
+    pub(super) to: u64,
 }
 
 /// A page of a list of chunks.
