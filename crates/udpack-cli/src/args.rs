@@ -653,10 +653,6 @@ pub(crate) struct RemoteNamesArgs {
     /// The server is asked.
     #[arg(skip)]
     pub(crate) remote: bool,
-
-    /// Errors are nobody's concern.
-    #[arg(skip = LogArgs::quiet())]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -670,9 +666,6 @@ pub(crate) struct LoginArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -758,9 +751,6 @@ pub(crate) struct PutArgs {
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -800,9 +790,6 @@ pub(crate) struct GetArgs {
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -868,9 +855,6 @@ pub(crate) struct SyncArgs {
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 /// What to do about a file that changes while it is read.
@@ -978,9 +962,6 @@ pub(crate) struct LsArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -995,9 +976,6 @@ pub(crate) struct StatArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1016,9 +994,6 @@ pub(crate) struct RmArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1044,9 +1019,6 @@ pub(crate) struct VerifyArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1073,9 +1045,6 @@ pub(crate) struct JobsArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1102,9 +1071,6 @@ pub(crate) struct StatsArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1145,9 +1111,6 @@ pub(crate) struct SendArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1173,9 +1136,6 @@ pub(crate) struct RequestArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 /// The channel, and whether it survives a lost connection.
@@ -1220,9 +1180,6 @@ pub(crate) struct ListenArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1265,9 +1222,6 @@ pub(crate) struct ShareArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1282,9 +1236,6 @@ pub(crate) struct DoctorArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1303,12 +1254,9 @@ pub(crate) struct PingArgs {
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
-
-    #[command(flatten)]
-    pub(crate) log: LogArgs,
 }
 
-/// The server, and how to authenticate.
+/// The server, and how to authenticate. Each command that talks to one logs.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]
 pub(crate) struct ConnectArgs {
@@ -1364,6 +1312,9 @@ pub(crate) struct ConnectArgs {
     /// Write a qlog file of each QUIC connection into this directory.
     #[arg(long, value_name = "DIR", env = "UDPACK_QLOG", hide_short_help = true)]
     pub(crate) qlog: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
 }
 
 /// How progress and results are shown.
@@ -1403,8 +1354,8 @@ pub(crate) struct LogArgs {
 }
 
 impl LogArgs {
-    /// What is called by other programs says nothing.
-    fn quiet() -> Self {
+    /// For what other programs call: it says nothing.
+    pub(crate) fn quiet() -> Self {
         Self {
             quiet: true,
             verbose: 0,

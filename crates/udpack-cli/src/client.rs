@@ -24,7 +24,7 @@ mod verify;
 pub(crate) use self::producer::end_commands;
 use udpack_transfer::{Downloader, Link, Store, Uploader};
 
-use crate::args::{ClientArgs, ClientCommand, PaceArgs};
+use crate::args::{ClientArgs, ClientCommand, ConnectArgs, LogArgs, PaceArgs};
 use crate::config::Config;
 use crate::logging::{self, Console, Role};
 use crate::pages;
@@ -64,33 +64,16 @@ impl PaceArgs {
 pub(crate) async fn run(
     mut args: ClientArgs,
     config: Config,
-    console: Console,
+    mut console: Console,
 ) -> anyhow::Result<()> {
     name_server(&mut args.command, &config)?;
-    let log = match &args.command {
-        ClientCommand::Put(args) => &args.log,
-        ClientCommand::Get(args) => &args.log,
-        ClientCommand::Sync(args) => &args.log,
-        ClientCommand::Ls(args) => &args.log,
-        ClientCommand::Stat(args) => &args.log,
-        ClientCommand::Rm(args) => &args.log,
-        ClientCommand::Verify(args) => &args.log,
-        ClientCommand::Jobs(args) => &args.log,
-        ClientCommand::Share(args) => &args.log,
-        ClientCommand::Stats(args) => &args.log,
-        ClientCommand::Demo(args) => &args.log,
-        ClientCommand::Send(args) => &args.log,
-        ClientCommand::Request(args) => &args.log,
-        ClientCommand::Listen(args) => &args.log,
-        ClientCommand::Ping(args) => &args.log,
-        ClientCommand::Doctor(args) => &args.log,
-        ClientCommand::Login(args) => &args.log,
-        ClientCommand::Completions { shell } => return pages::completions::<ClientArgs>(*shell),
-        ClientCommand::Man(args) => return pages::man::<ClientArgs>(args.dir.as_deref()),
-        ClientCommand::RemoteNames(args) => &args.log,
+    let _log = match args.command.log() {
+        Some(log) => {
+            console = console.quiet(log.quiet);
+            logging::start(Role::Client, log, &console)?
+        }
+        None => None,
     };
-    let console = console.quiet(log.quiet);
-    let _log = logging::start(Role::Client, log, &console)?;
     let interrupts = Interrupts::catch()?;
     let result = match args.command {
         ClientCommand::Put(args) => put::run(args, &console, interrupts).await,
@@ -111,47 +94,66 @@ pub(crate) async fn run(
         ClientCommand::Doctor(args) => doctor::run(args, interrupts).await,
         ClientCommand::Login(args) => login::run(args, interrupts).await,
         ClientCommand::RemoteNames(args) => names::run(args).await,
-        ClientCommand::Completions { .. } | ClientCommand::Man(_) => Ok(()),
+        ClientCommand::Completions { shell } => pages::completions::<ClientArgs>(shell),
+        ClientCommand::Man(args) => pages::man::<ClientArgs>(args.dir.as_deref()),
     };
     logging::keep(&result);
     result
 }
 
+impl ClientCommand {
+    /// How it reaches a server; `None` for a command that talks to none but its own.
+    fn connect(&mut self) -> Option<&mut ConnectArgs> {
+        Some(match self {
+            Self::Put(args) => &mut args.connect,
+            Self::Get(args) => &mut args.connect,
+            Self::Sync(args) => &mut args.connect,
+            Self::Ls(args) => &mut args.connect,
+            Self::Stat(args) => &mut args.connect,
+            Self::Rm(args) => &mut args.connect,
+            Self::Verify(args) => &mut args.connect,
+            Self::Jobs(args) => &mut args.connect,
+            Self::Share(args) => &mut args.connect,
+            Self::Stats(args) => &mut args.connect,
+            Self::Send(args) => &mut args.connect,
+            Self::Request(args) => &mut args.connect,
+            Self::Listen(args) => &mut args.connect,
+            Self::Ping(args) => &mut args.connect,
+            Self::Doctor(args) => &mut args.connect,
+            Self::Login(args) => &mut args.connect,
+            Self::RemoteNames(args) => &mut args.connect,
+            Self::Demo(_) | Self::Completions { .. } | Self::Man(_) => return None,
+        })
+    }
+
+    /// What it logs; `None` for a command that only prints a text.
+    fn log(&mut self) -> Option<&LogArgs> {
+        match self {
+            Self::Demo(args) => Some(&args.log),
+            other => other.connect().map(|connect| &connect.log),
+        }
+    }
+}
+
 /// Selects a configured server: by `--to NAME`, or by paths such as `NAME:photos`, from which the name is removed.
 fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<()> {
     use ClientCommand as C;
-    let connect = match command {
-        C::Put(args) => {
-            config.take_last(&mut args.connect, &mut args.paths, &mut args.name)?;
-            &mut args.connect
-        }
-        C::Verify(args) => {
-            config.take_last(&mut args.connect, &mut args.paths, &mut args.name)?;
-            &mut args.connect
-        }
+    match command {
+        C::Put(args) => config.take_last(&mut args.connect, &mut args.paths, &mut args.name)?,
+        C::Verify(args) => config.take_last(&mut args.connect, &mut args.paths, &mut args.name)?,
         C::Get(args) => {
             // The last of two paths may be `-`, standard output.
             let paths = args.paths.iter_mut().filter(|path| *path != "-");
             config.take_all(&mut args.connect, paths)?;
-            &mut args.connect
         }
-        C::Stat(args) => {
-            config.take_all(&mut args.connect, args.paths.iter_mut())?;
-            &mut args.connect
-        }
-        C::Rm(args) => {
-            config.take_all(&mut args.connect, args.paths.iter_mut())?;
-            &mut args.connect
-        }
-        C::Ls(args) => {
-            config.take_all(&mut args.connect, args.path.iter_mut())?;
-            &mut args.connect
-        }
+        C::Stat(args) => config.take_all(&mut args.connect, args.paths.iter_mut())?,
+        C::Rm(args) => config.take_all(&mut args.connect, args.paths.iter_mut())?,
+        C::Ls(args) => config.take_all(&mut args.connect, args.path.iter_mut())?,
         C::Sync(args) => {
             config.take_one(&mut args.connect, [&mut args.source, &mut args.copy])?;
-            &mut args.connect
         }
         C::RemoteNames(args) => {
+            args.connect.log = LogArgs::quiet();
             let word = std::mem::take(&mut args.word);
             args.remote = true;
             if let Some((name, rest)) = config.take(&word) {
@@ -167,25 +169,18 @@ fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<(
                 args.servers = config.names(&word);
                 args.word = word;
             }
-            &mut args.connect
         }
-        C::Jobs(args) => &mut args.connect,
-        C::Share(args) => &mut args.connect,
-        C::Stats(args) => &mut args.connect,
-        C::Send(args) => &mut args.connect,
-        C::Request(args) => &mut args.connect,
-        C::Listen(args) => &mut args.connect,
-        C::Ping(args) => &mut args.connect,
         C::Doctor(args) => {
             if let Some(server) = args.server.take() {
                 args.connect.to = Some(server);
             }
-            &mut args.connect
         }
-        C::Login(_) | C::Demo(_) | C::Completions { .. } | C::Man(_) => {
-            return Ok(());
-        }
-    };
-    config.resolve(connect);
+        // Its URL is the server.
+        C::Login(_) => return Ok(()),
+        _ => {}
+    }
+    if let Some(connect) = command.connect() {
+        config.resolve(connect);
+    }
     Ok(())
 }

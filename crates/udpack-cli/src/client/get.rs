@@ -48,7 +48,7 @@ pub(super) async fn run(
         args.paths.pop();
         args.name = Some(PathBuf::from("-"));
     }
-    let mut report = Report::new(console, args.show.json, &args.log);
+    let mut report = Report::new(console, args.show.json, &args.connect.log);
     let result = get(&args, console, interrupts, &mut report).await;
     report.finish(result)
 }

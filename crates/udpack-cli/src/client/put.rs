@@ -23,7 +23,7 @@ pub(super) async fn run(
     console: &Console,
     interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, &args.log);
+    let mut report = Report::new(console, args.show.json, &args.connect.log);
     let result = put(&args, console, interrupts, &mut report).await;
     report.finish(result)
 }

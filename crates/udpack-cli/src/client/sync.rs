@@ -125,7 +125,7 @@ async fn once(
     console: &Console,
     interrupts: &mut Interrupts,
 ) -> (anyhow::Result<()>, bool) {
-    let mut report = Report::new(console, args.show.json, &args.log);
+    let mut report = Report::new(console, args.show.json, &args.connect.log);
     report.mirrored();
     report.living(
         args.vanished == VanishedArg::Skip,
