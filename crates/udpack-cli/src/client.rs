@@ -8,6 +8,7 @@ mod failures;
 mod follow;
 mod get;
 mod jobs;
+mod local;
 mod login;
 mod names;
 mod ping;

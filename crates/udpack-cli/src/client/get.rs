@@ -9,21 +9,19 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll};
-use std::time::Duration;
 
-use anyhow::Context as _;
 use futures_util::{StreamExt as _, stream};
 use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use udpack_transfer::{
-    Download, Downloader, Entry, Exclude, Fetch, FetchError, Fetched, IfExists, Kind as EntryKind,
-    Link, Mapping, Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError,
-    Wanted, apply_entry, names,
+    Download, Downloader, Entry, Exclude, Fetch, FetchError, Fetched, Kind as EntryKind, Link,
+    Mapping, Progress, RelPath, Remote, Store, TransferError, Wanted, names,
 };
 
+use super::local::{Maker, Place};
 use super::producer::Spawned;
-use super::remote::{below, remote_path};
+use super::remote::{below, is_in, join, remote_path};
 use super::report::{Beside, Note, Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use crate::args::{GetArgs, WrittenArg};
@@ -137,10 +135,7 @@ async fn get(
         )
         .await;
     if let Some(store) = opened {
-        let left = store.close(CLOSING).await;
-        if left.uploads > 0 {
-            report.left(&place.dir.join(".udpack"), left);
-        }
+        place.close(store, report).await;
     }
     result
 }
@@ -238,12 +233,14 @@ async fn fetch(
     let (notes, noted) = mpsc::channel(AHEAD);
     let lister = Lister {
         remote: remote.clone(),
-        store: store.clone(),
         exclude: args.exclude.iter().cloned().collect(),
-        if_exists: args.transfer.if_exists.into(),
-        umask: umask(),
         mapping: mapping(args, &store).await,
-        notes,
+        maker: Maker {
+            store: store.clone(),
+            if_exists: args.transfer.if_exists.into(),
+            umask: umask(),
+            notes,
+        },
     };
     // Ends when the receivers of its results are gone.
     let listing = tokio::spawn({
@@ -288,13 +285,10 @@ async fn fetch(
 #[derive(Debug, Clone)]
 struct Lister {
     remote: Remote,
-    store: Store,
     exclude: Exclude,
-    if_exists: IfExists,
-    umask: u32,
     /// How names are written here, if not as they are.
     mapping: Option<Arc<Mutex<Mapping>>>,
-    notes: mpsc::Sender<Note>,
+    maker: Maker,
 }
 
 /// How names are written below a store, if not as they are.
@@ -328,7 +322,8 @@ impl Lister {
             let entry = match entry {
                 Ok(entry) => entry,
                 Err(error) => {
-                    self.failed(&root.local, &root.entry.path, error.into())
+                    self.maker
+                        .failed(&root.local, &root.entry.path, error.into())
                         .await;
                     return;
                 }
@@ -347,7 +342,7 @@ impl Lister {
             }
             if entry.unread {
                 let error = Failure::new(Kind::RemoteStorage, UNREAD);
-                self.failed(&local, &entry.path, error.into()).await;
+                self.maker.failed(&local, &entry.path, error.into()).await;
             }
         }
     }
@@ -359,54 +354,11 @@ impl Lister {
             Err(error) => {
                 let error = Failure::new(Kind::Policy, error.to_string())
                     .hint("choose another name with --as");
-                return self.failed(local, &entry.path, error.into()).await;
+                return self.maker.failed(local, &entry.path, error.into()).await;
             }
         };
-        if entry.kind != EntryKind::File {
-            return self.make(entry, name, false, true).await;
-        }
-        let Ok(remote) = entry.path.parse::<RelPath>() else {
-            return true;
-        };
-        let file = Wanted {
-            remote,
-            local: name,
-            size: Some(entry.size),
-        };
-        wanted.send(file).await.is_ok()
-    }
-
-    /// Creates a directory or a link. `tell`: whether the report gets a line for it.
-    async fn make(&self, entry: &Entry, name: RelPath, preserve: bool, tell: bool) -> bool {
-        let (store, if_exists, umask) = (self.store.clone(), self.if_exists, Some(self.umask));
-        let (made, local) = (entry.clone(), name.clone());
-        let made = tokio::task::spawn_blocking(move || {
-            apply_entry(&store, &made, &local, if_exists, preserve, umask)
-        });
-        match made.await {
-            Ok(Ok(Placed { same, other_time })) => {
-                if let Some(time) = other_time {
-                    let path = name.as_str().to_owned();
-                    let note = Note::OtherTime { path, time };
-                    if self.notes.send(note).await.is_err() {
-                        return false;
-                    }
-                }
-                let what = match entry.kind {
-                    EntryKind::Link => Thing::Link,
-                    _ => Thing::Dir,
-                };
-                let note = Note::Made {
-                    path: name.as_str().to_owned(),
-                    source: entry.path.clone(),
-                    what,
-                    same,
-                };
-                !tell || self.notes.send(note).await.is_ok()
-            }
-            Ok(Err(error)) => self.failed(name.as_str(), &entry.path, error.into()).await,
-            Err(_) => false,
-        }
+        let size = Some(entry.size);
+        self.maker.place(entry, name, size, wanted).await
     }
 
     /// The path below a root as it is written here.
@@ -426,16 +378,7 @@ impl Lister {
             path: path.to_owned(),
             source: source.to_owned(),
         };
-        self.notes.send(note).await.is_ok()
-    }
-
-    async fn failed(&self, path: &str, source: &str, error: anyhow::Error) -> bool {
-        let note = Note::Failed {
-            path: path.to_owned(),
-            source: source.to_owned(),
-            error,
-        };
-        self.notes.send(note).await.is_ok()
+        self.maker.notes.send(note).await.is_ok()
     }
 
     /// Sets the times and modes of a root's directories, children before their parents.
@@ -452,7 +395,7 @@ impl Lister {
         while let Some(entry) = listing.next().await {
             // If it cannot be listed now, it could be before: its files have arrived.
             let Ok(entry) = entry else { return };
-            while let Some(dir) = open.pop_if(|dir| !is_below(&entry.path, &dir.path)) {
+            while let Some(dir) = open.pop_if(|dir| !is_in(&entry.path, &dir.path)) {
                 self.settle(root, &dir).await;
             }
             let relative = below(&root.entry.path, &entry.path);
@@ -469,21 +412,8 @@ impl Lister {
         let written = self.written(below(&root.entry.path, &dir.path));
         let local = join(&root.local, &written);
         if let Ok(name) = local.parse() {
-            self.make(dir, name, true, false).await;
+            self.maker.make(dir, name, true, false).await;
         }
-    }
-}
-
-fn is_below(path: &str, dir: &str) -> bool {
-    path.strip_prefix(dir)
-        .is_some_and(|rest| rest.starts_with('/'))
-}
-
-fn join(dir: &str, name: &str) -> String {
-    match (dir, name) {
-        ("", name) => name.to_owned(),
-        (dir, "") => dir.to_owned(),
-        (dir, name) => format!("{dir}/{name}"),
     }
 }
 
@@ -699,14 +629,6 @@ impl Pouring {
     }
 }
 
-/// Where files are stored.
-#[derive(Debug)]
-pub(super) struct Place {
-    pub(super) dir: PathBuf,
-    /// The name in it of the only requested path.
-    pub(super) name: Option<String>,
-}
-
 impl Place {
     fn new(args: &GetArgs) -> anyhow::Result<Self> {
         let Some(wanted) = &args.name else {
@@ -747,44 +669,6 @@ impl Place {
         Ok(Self {
             dir,
             name: Some(name.into_owned()),
-        })
-    }
-
-    /// Creates the directory, and the directory in it where files are staged.
-    pub(super) async fn open(&self, if_exists: IfExists) -> anyhow::Result<Store> {
-        let config = StoreConfig {
-            max_file: None,
-            quota: None,
-            min_free: Some(0),
-            overwrite: match if_exists {
-                IfExists::Overwrite => Overwrite::Always,
-                IfExists::Rename => Overwrite::Rename,
-                IfExists::Same | IfExists::Error | IfExists::Skip => Overwrite::Never,
-            },
-            shared: true,
-            ..StoreConfig::default()
-        };
-        let dir = self.dir.clone();
-        let open = move || {
-            // The permissions follow the umask; a directory that the store creates is for its owner only.
-            match std::fs::create_dir(&dir) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    tracing::debug!(dir = %dir.display(), %error, "cannot make the directory");
-                }
-                _ => {}
-            }
-            Store::open(dir, config)
-        };
-        let opened = tokio::task::spawn_blocking(open)
-            .await
-            .context("cannot open the directory")?;
-        opened.map_err(|error| {
-            Failure::new(
-                Kind::LocalFile,
-                format!("cannot write to {}: {error}", self.dir.display()),
-            )
-            .hint("choose another directory with --as DIR/")
-            .into()
         })
     }
 }
@@ -839,8 +723,6 @@ async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root
 
 /// The error for a directory that could not be listed completely.
 pub(super) const UNREAD: &str = "the server cannot list all that is in it";
-/// How long unfinished files may take to be kept for a resume.
-const CLOSING: Duration = Duration::from_secs(10);
 /// Paths that are looked up in parallel.
 const LOOKUPS: usize = 16;
 /// Entries that are listed ahead of the download.
@@ -855,8 +737,8 @@ mod tests {
         assert_eq!(below("", "a/b"), "a/b");
         assert_eq!(below("a", "a/b/c"), "b/c");
         assert_eq!(below("a", "a"), "");
-        assert!(is_below("a/b", "a"));
-        assert!(!is_below("ab", "a"));
-        assert!(!is_below("a", "a"));
+        assert!(is_in("a/b", "a"));
+        assert!(!is_in("ab", "a"));
+        assert!(!is_in("a", "a"));
     }
 }

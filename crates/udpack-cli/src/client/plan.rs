@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What, names, unescape_name};
 
+use super::remote::join;
 use crate::args::TreeArgs;
 use crate::exit::{Failure, Kind};
 use crate::output;
@@ -445,14 +446,6 @@ fn mapped_name(path: &Path, wanted: Option<&str>) -> String {
 /// Without the slash that makes it a directory.
 fn trimmed(name: &str) -> &str {
     name.strip_suffix('/').unwrap_or(name)
-}
-
-fn join(dir: &str, name: &str) -> String {
-    match (dir, name) {
-        ("", name) => name.to_owned(),
-        (dir, "") => dir.to_owned(),
-        (dir, name) => format!("{dir}/{name}"),
-    }
 }
 
 /// Finds out before dialling whether it can be sent at all. Gives a file's size.

@@ -25,6 +25,23 @@ pub(super) fn below<'a>(root: &str, path: &'a str) -> &'a str {
     }
 }
 
+/// Whether `rel` is below this directory, at any depth.
+pub(super) fn is_in(rel: &str, dir: &str) -> bool {
+    dir.is_empty()
+        || rel
+            .strip_prefix(dir)
+            .is_some_and(|rest| rest.starts_with('/'))
+}
+
+/// The path of an entry of this name in a directory; "" is the root, on either side.
+pub(super) fn join(dir: &str, name: &str) -> String {
+    match (dir, name) {
+        ("", name) => name.to_owned(),
+        (dir, "") => dir.to_owned(),
+        (dir, name) => format!("{dir}/{name}"),
+    }
+}
+
 /// A path at the server as it was typed: `None` is the root. A slash at the end changes nothing.
 pub(super) fn remote_path(path: &str) -> anyhow::Result<Option<RelPath>> {
     let path = path.strip_prefix("./").unwrap_or(path);

@@ -12,6 +12,7 @@ mod watch;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+#[cfg(target_os = "linux")]
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -23,9 +24,9 @@ use udpack_transfer::{
 };
 
 use self::compare::{Checksum, Comparison, Planned, Shown, Step};
-use self::tree::{Item, Side, join};
-use super::get::Place;
-use super::remote::remote_path;
+use self::tree::{Item, Side};
+use super::local::{Maker, Place};
+use super::remote::{join, remote_path};
 use super::report::{Beside, Fate, Note, Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use super::verify::existing;
@@ -46,8 +47,6 @@ const AHEAD: usize = 256;
 /// The pause before a watching mirror tries again what failed.
 #[cfg(target_os = "linux")]
 const AGAIN: Duration = Duration::from_secs(5);
-/// How long unfinished files may take to be kept for a resume.
-const CLOSING: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(
     args: SyncArgs,
@@ -196,15 +195,15 @@ async fn sync(
         return target.run_link_aloud(tries, interrupts, work).await;
     }
     report.start(&target.address(), None);
+    let place = Place {
+        dir: way.dir.clone(),
+        name: None,
+    };
     let mut opened = None;
     let result = target
         .run_link(tries, interrupts, async |link| {
             let comparing = Comparing::start(args, &Remote::new(&link), &way).await?;
             if !way.up {
-                let place = Place {
-                    dir: way.dir.clone(),
-                    name: None,
-                };
                 opened = Some(place.open(IfExists::Overwrite).await?);
             }
             let mirror = Mirror {
@@ -218,10 +217,7 @@ async fn sync(
         })
         .await;
     if let Some(store) = opened {
-        let left = store.close(CLOSING).await;
-        if left.uploads > 0 {
-            report.left(&way.dir.join(".udpack"), left);
-        }
+        place.close(store, report).await;
     }
     result
 }
@@ -489,7 +485,10 @@ impl Mirror<'_> {
             false => 0,
         };
         let entry = Entry {
-            path: rel.to_owned(),
+            path: match self.way.up {
+                true => rel.to_owned(),
+                false => join(self.way.prefix(), rel),
+            },
             kind: EntryKind::File,
             size,
             mtime: Time { secs: 0, nanos: 0 },
@@ -531,7 +530,13 @@ impl Mirror<'_> {
                 if let Some(notes) = notes {
                     making.spawn(pass_on(notes, tell.clone()));
                 }
-                making.spawn(make(store.clone(), root, steps, wanted, tell));
+                let maker = Maker {
+                    store: store.clone(),
+                    if_exists: IfExists::Overwrite,
+                    umask: umask(),
+                    notes: tell,
+                };
+                making.spawn(make(maker, root, steps, wanted));
                 let downloader = self.args.pace.downloader(&self.link, store.clone());
                 let downloader = downloader
                     .if_exists(IfExists::Overwrite)
@@ -707,64 +712,24 @@ async fn pass_on(mut notes: mpsc::Receiver<Note>, tell: mpsc::Sender<Note>) {
 
 /// Creates directories and links here, and passes on the wanted files.
 async fn make(
-    store: Store,
+    maker: Maker,
     root: String,
     mut steps: mpsc::Receiver<Step>,
     wanted: mpsc::Sender<Wanted>,
-    tell: mpsc::Sender<Note>,
 ) {
-    let umask = umask();
     while let Some(step) = steps.recv().await {
         let (Step::File(item, _) | Step::Other(item)) = step;
-        let source = join(&root, &item.rel);
-        let failed = |error| Note::Failed {
-            path: item.rel.clone(),
-            source: source.clone(),
-            error,
-        };
-        let (remote, local) = match (source.parse::<RelPath>(), item.rel.parse::<RelPath>()) {
-            (Ok(remote), Ok(local)) => (remote, local),
-            (Err(error), _) | (_, Err(error)) => {
-                if tell.send(failed(error.into())).await.is_err() {
-                    return;
-                }
-                continue;
+        let goes_on = match item.rel.parse::<RelPath>() {
+            Ok(local) => {
+                let size = Some(item.entry.size).filter(|size| *size > 0);
+                maker.place(&item.entry, local, size, &wanted).await
+            }
+            Err(error) => {
+                let source = join(&root, &item.rel);
+                maker.failed(&item.rel, &source, error.into()).await
             }
         };
-        if item.entry.kind == EntryKind::File {
-            let size = Some(item.entry.size).filter(|size| *size > 0);
-            let file = Wanted {
-                remote,
-                local,
-                size,
-            };
-            if wanted.send(file).await.is_err() {
-                return;
-            }
-            continue;
-        }
-        let (store, entry) = (store.clone(), item.entry.clone());
-        let made = tokio::task::spawn_blocking(move || {
-            apply_entry(
-                &store,
-                &entry,
-                &local,
-                IfExists::Overwrite,
-                false,
-                Some(umask),
-            )
-        });
-        let note = match made.await {
-            Ok(Ok(placed)) => Note::Made {
-                path: item.rel.clone(),
-                source: source.clone(),
-                what: thing(&item.entry),
-                same: placed.same,
-            },
-            Ok(Err(error)) => failed(error.into()),
-            Err(_) => return,
-        };
-        if tell.send(note).await.is_err() {
+        if !goes_on {
             return;
         }
     }

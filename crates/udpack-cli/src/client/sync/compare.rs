@@ -10,7 +10,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use udpack_transfer::{Entry, Kind as EntryKind, RelPath, Remote, Time};
 
-use super::tree::{Item, Next, Side, is_in, join, order, parent};
+use super::tree::{Item, Next, Side, order, parent};
+use crate::client::remote::{is_in, join};
 use crate::client::report::Note;
 use crate::client::verify::{existing, hash};
 

@@ -14,7 +14,7 @@ use udpack_transfer::{
 };
 
 use crate::client::get::UNREAD;
-use crate::client::remote::below;
+use crate::client::remote::{below, join};
 use crate::exit::{Failure, Kind};
 
 /// Entries that the walk hands over at once: one at a time would wake the comparison for each.
@@ -147,22 +147,6 @@ pub(super) fn order(a: &str, b: &str) -> Ordering {
 /// The directory that contains it; "" is the root.
 pub(super) fn parent(rel: &str) -> &str {
     rel.rsplit_once('/').map_or("", |(parent, _)| parent)
-}
-
-/// Whether `rel` is below this directory, at any depth.
-pub(super) fn is_in(rel: &str, dir: &str) -> bool {
-    dir.is_empty()
-        || rel
-            .strip_prefix(dir)
-            .is_some_and(|rest| rest.starts_with('/'))
-}
-
-pub(super) fn join(dir: &str, name: &str) -> String {
-    match (dir, name) {
-        ("", name) => name.to_owned(),
-        (dir, "") => dir.to_owned(),
-        (dir, name) => format!("{dir}/{name}"),
-    }
 }
 
 /// Walks a local tree in order; blocks. It holds the names of one directory for each level.
@@ -422,6 +406,7 @@ fn is_gone(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::remote::is_in;
 
     #[test]
     fn a_directory_comes_before_what_is_in_it_and_that_before_the_next_name() {

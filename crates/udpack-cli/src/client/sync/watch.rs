@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use tokio::time::Instant;
 use udpack_transfer::{Exclude, names};
 
-use super::tree::join;
+use crate::client::remote::join;
 
 /// The interval at which events are read.
 const LOOK: Duration = Duration::from_millis(100);
