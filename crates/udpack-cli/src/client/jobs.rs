@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use serde_json::json;
-use udpack_transfer::{
-    Code, Job, JobKind, JobState, Jobs, JobsEvent, Phase, Remote, TransferError,
-};
+use udpack_transfer::{Job, JobKind, JobState, Jobs, JobsEvent, Phase, Remote, TransferError};
 
+use super::verify::existing;
 use crate::args::JobsArgs;
 use crate::exit::{Failure, Kind};
 use crate::json::concluded;
@@ -37,19 +36,12 @@ async fn jobs(
         .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let mut jobs = Remote::new(&link).jobs();
             if let Some(id) = args.cancel {
-                let cancelled = jobs.cancel(id, args.reason.as_deref()).await;
-                cancelled.map_err(|error| match error {
-                    TransferError::Refused {
-                        code: Code::NotFound,
-                        ..
-                    } => {
-                        let text = format!("no transfer {id} is under way at the server");
-                        Failure::new(Kind::NotFound, text)
-                            .hint("`udpack-client jobs` lists those that are")
-                            .into()
-                    }
-                    error => anyhow::Error::new(error),
-                })?;
+                if existing(jobs.cancel(id, args.reason.as_deref()).await)?.is_none() {
+                    let text = format!("no transfer {id} is under way at the server");
+                    return Err(Failure::new(Kind::NotFound, text)
+                        .hint("`udpack-client jobs` lists those that are")
+                        .into());
+                }
                 return output::unless_gone(if args.json {
                     output::json(&json!({ "event": "cancelled", "cancelled": id }))
                 } else {

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use serde_json::json;
-use udpack_transfer::{Code, Remote, ShareEntry, ShareWish, Shared, TransferError, format_size};
+use udpack_transfer::{Remote, ShareEntry, ShareWish, Shared, format_size};
 
 use super::remote::remote_path;
+use super::verify::existing;
 use crate::args::ShareArgs;
 use crate::exit::{Failure, Kind};
 use crate::json::concluded;
@@ -54,18 +55,12 @@ async fn share(
         .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let remote = Remote::new(&link);
             if let Some(name) = &args.revoke {
-                remote.unshare(name).await.map_err(|error| match error {
-                    TransferError::Refused {
-                        code: Code::NotFound,
-                        ..
-                    } => {
-                        let text = format!("this token has no share {}", output::printable(name));
-                        Failure::new(Kind::NotFound, text)
-                            .hint("`udpack-client share --list` shows those that it has")
-                            .into()
-                    }
-                    error => anyhow::Error::new(error),
-                })?;
+                if existing(remote.unshare(name).await)?.is_none() {
+                    let text = format!("this token has no share {}", output::printable(name));
+                    return Err(Failure::new(Kind::NotFound, text)
+                        .hint("`udpack-client share --list` shows those that it has")
+                        .into());
+                }
                 *count += 1;
                 return output::unless_gone(match args.json {
                     true => output::json(&json!({ "event": "revoked", "name": name })),

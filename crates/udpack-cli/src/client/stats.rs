@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde_json::json;
 use udpack_transfer::{
-    ClusterStats, Code, PushStats, QuotaStats, Remote, ServerStats, SocketStats, StatsWatch,
-    TransferError,
+    ClusterStats, PushStats, QuotaStats, Remote, ServerStats, SocketStats, StatsWatch,
 };
 
 use super::jobs::is_interrupt;
+use super::verify::existing;
 use crate::args::StatsArgs;
 use crate::exit::{Failure, Kind};
 use crate::json::concluded;
@@ -71,19 +71,12 @@ async fn act(args: &StatsArgs, watch: &mut StatsWatch) -> anyhow::Result<()> {
             output::line("the server is shutting down")
         });
     };
-    let kicked = watch.kick(id, args.reason.as_deref()).await;
-    kicked.map_err(|error| match error {
-        TransferError::Refused {
-            code: Code::NotFound,
-            ..
-        } => {
-            let text = format!("no connection {} is there", output::printable(id));
-            Failure::new(Kind::NotFound, text)
-                .hint("`udpack-client stats` lists those that are")
-                .into()
-        }
-        error => anyhow::Error::new(error),
-    })?;
+    if existing(watch.kick(id, args.reason.as_deref()).await)?.is_none() {
+        let text = format!("no connection {} is there", output::printable(id));
+        return Err(Failure::new(Kind::NotFound, text)
+            .hint("`udpack-client stats` lists those that are")
+            .into());
+    }
     output::unless_gone(if args.json {
         output::json(&json!({ "event": "kicked", "kicked": id }))
     } else {
