@@ -10,6 +10,7 @@ mod verdict;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::ping::Trips;
 use crate::args::DoctorArgs;
 use crate::exit::{Failure, Kind};
 use crate::output;
@@ -74,37 +75,6 @@ struct Through {
     /// `HOST:PORT`.
     proxy: String,
     wss: Tls,
-}
-
-/// Measured round trips.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Trips {
-    sent: u32,
-    came: u32,
-    min: Duration,
-    sum: Duration,
-    max: Duration,
-}
-
-impl Trips {
-    fn add(&mut self, trip: Option<Duration>) {
-        self.sent += 1;
-        let Some(trip) = trip else {
-            return;
-        };
-        self.min = match self.came {
-            0 => trip,
-            _ => self.min.min(trip),
-        };
-        self.came += 1;
-        self.sum += trip;
-        self.max = self.max.max(trip);
-    }
-
-    /// The share of lost round trips, 0 to 1.
-    fn loss(&self) -> f64 {
-        f64::from(self.sent - self.came) / f64::from(self.sent.max(1))
-    }
 }
 
 /// The size of datagrams that the path carries, in bytes of UDP payload.

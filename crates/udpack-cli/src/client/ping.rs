@@ -14,20 +14,35 @@ use crate::signals::Interrupts;
 use crate::target::{Target, retry};
 use crate::value::Value;
 
-#[derive(Debug, Default)]
-struct Times {
-    count: u32,
-    sum: Duration,
-    min: Option<Duration>,
-    max: Duration,
+/// Measured round trips.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Trips {
+    pub(super) sent: u32,
+    pub(super) came: u32,
+    pub(super) min: Duration,
+    pub(super) sum: Duration,
+    pub(super) max: Duration,
 }
 
-impl Times {
-    fn add(&mut self, time: Duration) {
-        self.count += 1;
-        self.sum += time;
-        self.min = Some(self.min.map_or(time, |min| min.min(time)));
-        self.max = self.max.max(time);
+impl Trips {
+    /// Adds one: `None` if nothing came back.
+    pub(super) fn add(&mut self, trip: Option<Duration>) {
+        self.sent += 1;
+        let Some(trip) = trip else {
+            return;
+        };
+        self.min = match self.came {
+            0 => trip,
+            _ => self.min.min(trip),
+        };
+        self.came += 1;
+        self.sum += trip;
+        self.max = self.max.max(trip);
+    }
+
+    /// The share of lost round trips, 0 to 1.
+    pub(super) fn loss(&self) -> f64 {
+        f64::from(self.sent - self.came) / f64::from(self.sent.max(1))
     }
 }
 
@@ -47,18 +62,19 @@ struct Pinged<'a> {
 }
 
 pub(super) async fn run(args: PingArgs, interrupts: Interrupts) -> anyhow::Result<()> {
-    let mut times = Times::default();
+    let mut trips = Trips::default();
     let mut over = None;
-    let result = ping(&args, interrupts, &mut times, &mut over).await;
-    let shown = times
-        .min
-        .map(|min| (ms(min), ms(times.sum / times.count), ms(times.max)));
+    let result = ping(&args, interrupts, &mut trips, &mut over).await;
+    let shown = (trips.came > 0).then(|| {
+        let average = trips.sum / trips.came;
+        (ms(trips.min), ms(average), ms(trips.max))
+    });
     if args.json {
         let error = result.as_ref().err().map(Explained::of);
         output::unless_gone(output::json(&Pinged {
             event: "result",
             ended: Ended::with(error.as_ref()),
-            count: times.count,
+            count: trips.came,
             min: shown.map(|(min, _, _)| min),
             avg: shown.map(|(_, avg, _)| avg),
             max: shown.map(|(_, _, max)| max),
@@ -82,7 +98,7 @@ fn ms(time: Duration) -> f64 {
 async fn ping(
     args: &PingArgs,
     mut interrupts: Interrupts,
-    times: &mut Times,
+    trips: &mut Trips,
     over: &mut Option<(&'static str, String)>,
 ) -> anyhow::Result<()> {
     let target = Target::find_reconnecting(&args.connect, retry(None))?;
@@ -98,7 +114,7 @@ async fn ping(
                 let began = Instant::now();
                 let _: Value = channel.request("ping", &number).await?;
                 let time = began.elapsed();
-                times.add(time);
+                trips.add(Some(time));
                 let why = socket.transport_reason();
                 *over = why.map(|why| (socket.transport().name(), why.to_string()));
                 let written = if args.json {
