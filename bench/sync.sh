@@ -224,6 +224,8 @@ many() {
   [ "$status" -eq 0 ] || { cat "$work/err"; exit 1; }
   timed rsync -a "$work/tree/" "$rsync_url/theirs/"
   [ "$status" -eq 0 ] || { cat "$work/err"; exit 1; }
+  # rsync leaves its copy to the kernel. The first sync of the other server would write it, in its own time.
+  sync
   echo "$row: $files files, 50 changed, $rounds rounds, on $(df --output=fstype "$work" | tail -1)"
   for round in $(seq "$rounds"); do
     change "$work/tree" "$round"
