@@ -33,7 +33,7 @@ impl Cutter {
 
     /// As fits a file of this size: some ten thousand chunks, and no list longer than one in some hundred bytes.
     pub(crate) fn fit(size: u64) -> Self {
-        let average = (size >> 16).next_power_of_two();
+        let average = (size >> 17).next_power_of_two();
         let average = average.clamp(8 << 10, AVERAGES.1);
         Self {
             average: usize::try_from(average).unwrap_or(8 << 10),
@@ -461,8 +461,8 @@ mod tests {
             let cutter = Cutter::fit(size);
             assert_eq!(Cutter::new(cutter.average()), Some(cutter), "{size}");
         }
-        assert_eq!(Cutter::fit(1 << 29).average(), 8 << 10);
-        assert_eq!(Cutter::fit(1 << 30).average(), 16 << 10);
+        assert_eq!(Cutter::fit(1 << 30).average(), 8 << 10);
+        assert_eq!(Cutter::fit(1 << 31).average(), 16 << 10);
         assert_eq!(Cutter::fit(1 << 40).average(), 4 << 20);
     }
 }
