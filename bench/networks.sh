@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # What the programs do without a flag on networks that let no UDP pass, and where only an HTTP proxy leads out: a file up and
-# down, events, the Python package, and how much later the first byte is there. Between two network namespaces, 20 ms apart where
-# the kernel has netem.
-# As root.
+# down, events, the chat page in Chromium, the Python package, and how much later the first byte is there. On `outage` and
+# `proxy-outage`, behind a proxy, UDP stops to pass in the middle of an upload and of numbered messages, and passes again 30 s after they
+# have gone over to TCP. Between two network namespaces, 20 ms apart where the kernel has netem.
+# As root; with target/release/examples/browser-chat (cargo build --release --locked -p udpack-examples --example browser-chat),
+# and `npm ci` in crates/udpack-web/js.
 #
-#   bench/networks.sh [direct|no-udp|proxy…]   default: all three, one after the other
-#   SIZE=1G                     of the file
+#   bench/networks.sh [direct|no-udp|proxy|outage|proxy-outage…]   default: all, one after the other
+#   SIZE=1G                     of the file; with an outage it takes SLOW=150 s
 #   TRIES=10                    of the time until a file of one byte is stored
 #   PYTHON=PROGRAM              with the package `udpack`; default: python3
-# BIN, RESULTS: see bench/lib.sh. The page in Chromium: `node scripts/test.js fallback` in crates/udpack-web/js.
+# BIN, RESULTS: see bench/lib.sh.
 # shellcheck source=bench/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 size=$(numfmt --from=iec "${SIZE:-1G}")
 tries=${TRIES:-10}
+slow=${SLOW:-150}
 python=${PYTHON:-python3}
 for tool in ip nft tc; do have "$tool" || { skipped "no $tool"; exit 0; }; done
 memory=/dev/shm
@@ -56,7 +59,7 @@ serve() {
   url=$("$bin/udpack-server" url --keys "$work/keys" --public-host "$host")
 }
 
-block() { # nothing|udp|all-but-the-proxy
+block() { # RULES
   "${at_server[@]}" nft flush ruleset
   "${at_server[@]}" nft -f - <<RULES
 table inet lab {
@@ -74,6 +77,51 @@ said() { # WHAT OK DETAIL
 }
 did() { if [ "$status" -eq 0 ] && "${@:2}"; then said "$1" "$(printf '%8.3f s' "$seconds")"; else said "$1" "FAILED ($status): $(tail -n 2 "$work/err" | tr '\n' ' ')"; fi; }
 
+# Waits until a file has this text, at most $3 s.
+told() { # FILE TEXT SECONDS
+  local tries
+  for tries in $(seq $(($3 * 4))); do
+    grep -q "$2" "$1" && return
+    sleep 0.25
+  done
+  return 1
+}
+
+# Two pages of the chat, with $1 as proxy, if there is one.
+chat() {
+  local example=$bin/examples/browser-chat page
+  if [ ! -x "$example" ] || ! have node; then skipped 'the chat page' 'no node, or no examples/browser-chat'; return; fi
+  "${at_server[@]}" "$example" "$host" >"$work/chat" 2>>"$work/udpack.log" &
+  local chat=$!
+  pids+=("$chat")
+  until_works grep -q page "$work/chat"
+  page=$(jq -r .page "$work/chat")
+  timed node bench/browser/chat.mjs "$page" ${1:+"$1"}
+  [ "$status" -eq 0 ] || echo "FAILED ($status): $(tail -n 1 "$work/err")" >>"$work/out"
+  said 'chat page in Chromium' "$(tail -n 1 "$work/out")"
+  stop "$chat"
+}
+
+# Runs a command that tells of transports in lines of its output, while UDP goes and comes; FREE and BLOCKED are rules.
+outage() { # WHAT FREE BLOCKED COMMAND…
+  local what=$1 free=$2 blocked=$3 status=0 pid
+  shift 3
+  block "$free"
+  "${at_client[@]}" "$@" >"$work/out" 2>"$work/err" </dev/null &
+  pid=$!
+  pids+=("$pid")
+  sleep 5
+  block "$blocked"
+  if told "$work/out" '"transport": *"wss"' 90 && sleep 30 && block "$free" && told "$work/out" '"transport": *"quic"' 120; then
+    wait "$pid" || status=$?
+  else
+    status=$(kill "$pid" 2>/dev/null; echo stalled)
+  fi
+  changes=$(jq -r 'select(.event == "transport") | .transport' "$work/out" | tr '\n' ' ')
+  [ "$status" = 0 ] || said "$what" "FAILED ($status), transports: $changes: $(tail -n 2 "$work/err" | tr '\n' ' ')"
+  [ "$status" = 0 ]
+}
+
 # The median time, in ms, in which a file of one byte is stored: connecting is nearly all of it.
 first_byte() {
   local n
@@ -86,25 +134,55 @@ first_byte() {
   done | sort -n | awk '{ all[NR] = $1 } END { printf "%.0f", all[int((NR + 1) / 2)] * 1000 }'
 }
 
-for network in "${@:-direct no-udp proxy}"; do for network in $network; do
+for network in "${@:-direct no-udp proxy outage proxy-outage}"; do for network in $network; do
   serve
   export UDPACK_URL=$url XDG_STATE_HOME=$work/home/state HOME=$work/home
   unset https_proxy
+  udp='meta l4proto udp drop' tcp=''
   case $network in
     direct) block '' ;;
-    no-udp) block 'meta l4proto udp drop' ;;
-    proxy)
+    outage) ;;
+    no-udp) block "$udp" ;;
+    proxy | proxy-outage)
       have tinyproxy || { skipped 'no tinyproxy'; stop "$pid"; continue; }
-      printf 'Port 3128\nListen %s\nTimeout 600\nMaxClients 20\nLogLevel Critical\nConnectPort %d\n' "$host" "$port" >"$work/proxy.conf"
+      printf 'Port 3128\nListen %s\nTimeout 600\nMaxClients 20\nLogLevel Critical\n' "$host" >"$work/proxy.conf"
       server=$pid
       start proxy "${at_server[@]}" tinyproxy -d -c "$work/proxy.conf"
       proxy=$pid pid=$server
-      block 'iifname veth0 meta l4proto udp drop; iifname veth0 tcp dport != 3128 drop'
+      tcp='iifname veth0 tcp dport != 3128 drop' udp="iifname veth0 meta l4proto udp drop; iifname veth0 tcp dport != 3128 drop"
+      block "$udp"
       until_works "${at_client[@]}" bash -c "exec 3<>/dev/tcp/$host/3128"
       export https_proxy=http://$host:3128
       ;;
     *) echo "no such network: $network" >&2; exit 2 ;;
   esac
+
+  if [[ $network == *outage ]]; then
+    if outage 'upload through it' "$tcp" "$udp" "$bin/udpack-client" put --progress none --json --bwlimit $((size / slow)) "$work/file"; then
+      verdict=$([ "$changes" = 'wss quic ' ] && cmp -s "$work/file" "$work/in/file" && echo ok || echo FAILED)
+      said 'upload through it' "$verdict, transports: $changes"
+    fi
+    if [ -n "$tcp" ]; then
+      skipped '10,000 messages behind the proxy' 'the Python package knows no proxies'
+    elif "$python" -c 'import udpack' 2>/dev/null; then
+      "${at_server[@]}" "$python" bench/python/numbers.py serve "$host:4434" >"$work/numbers" 2>>"$work/udpack.log" &
+      numbers=$!
+      pids+=("$numbers")
+      until_works grep -q udpack: "$work/numbers"
+      if outage '10,000 messages each way' "$tcp" "$udp" "$python" bench/python/numbers.py count "$(head -n 1 "$work/numbers")" "$slow"; then
+        result=$(jq -r 'select(.event == "end") | "lost \(.lost), doubled \(.doubled), out of order \(.reordered)"' "$work/out")
+        verdict=$([ "$changes" = 'wss quic ' ] && [ "$result" = 'lost 0, doubled 0, out of order 0' ] && echo ok || echo FAILED)
+        said '10,000 messages each way' "$verdict, $result, transports: $changes"
+      fi
+      stop "$numbers"
+    else
+      skipped '10,000 messages' 'PYTHON=PROGRAM with the package udpack'
+    fi
+    [ -z "${proxy:-}" ] || { stop "$proxy"; proxy=''; }
+    stop "$pid"
+    find "$work/in" -type f -delete
+    continue
+  fi
 
   ms=$(first_byte)
   [ "$network" != direct ] || direct=$ms
@@ -128,7 +206,11 @@ for network in "${@:-direct no-udp proxy}"; do for network in $network; do
   if until_works heard; then said 'event to a listener' ok; else said 'event to a listener' FAILED; fi
   stop "$listener"
 
-  if "$python" -c 'import udpack' 2>/dev/null; then
+  chat "${https_proxy:-}"
+
+  if [ -n "$tcp" ]; then
+    skipped 'put by Python behind the proxy' 'the Python package knows no proxies'
+  elif "$python" -c 'import udpack' 2>/dev/null; then
     timed "$python" -c 'import sys, udpack.sync as u; u.upload(sys.argv[1], sys.argv[2], remote="python")' "$url" "$work/file"
     did 'put by Python' cmp -s "$work/file" "$work/in/python"
   else

@@ -3,7 +3,7 @@
 
 use std::error::Error;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,14 +21,17 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The page itself and its program.
 type Page = (&'static str, &'static str);
 
-/// Serves on a free port of this machine, and the page on another, which it prints as a line of JSON; until Ctrl-C.
+/// Serves on a free port of this machine, and the page on another, which it prints as a line of JSON; until Ctrl-C. The first
+/// argument is the address where others reach this machine: browsers have WebTransport at pages of 127.0.0.1 only, for plain HTTP.
 pub(crate) async fn run(
     server: ServerBuilder,
     html: &'static str,
     script: &'static str,
 ) -> Result<(), Box<dyn Error>> {
-    let server = server.bind("127.0.0.1:0").await?;
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let host = std::env::args().nth(1);
+    let host: IpAddr = host.as_deref().unwrap_or("127.0.0.1").parse()?;
+    let server = server.bind((host, 0)).await?;
+    let listener = TcpListener::bind((host, 0)).await?;
     println!(
         r#"{{"page":"http://{}/","address":"{}","pin":"{}"}}"#,
         listener.local_addr()?,
