@@ -35,7 +35,7 @@ export type Told = { add: readonly number[]; bytes: Uint8Array } | { peek: numbe
 export type Answer = { ready: true } | { added: number; buffer: ArrayBufferLike } | { hash: Uint8Array; of: number };
 
 /** Bytes that the Worker has been given and has not hashed. */
-const AHEAD = 8 << 20;
+const AHEAD = 2 << 20;
 /** What is read at once, and how many such buffers are kept: as many as the Worker may have, and those of the lanes. */
 const READ = 256 << 10;
 const FREE = AHEAD / READ + 16;
