@@ -9,7 +9,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use udpack::{
@@ -22,7 +22,7 @@ use crate::error::{Failure, side};
 use crate::op::{Op, nothing, output};
 use crate::runtime::{Held, enter, runtime};
 use crate::socket::PySocket;
-use crate::value::{self, Data, Value};
+use crate::value::{self, Data, Names, Value};
 
 /// Messages that cross the GIL together at most, and their bytes.
 const BATCH: usize = 512;
@@ -194,7 +194,7 @@ impl PyChannel {
 
     /// Queues a message; `None`, or an operation that waits for room.
     fn send(&self, py: Python<'_>, event: &str, data: &Bound<'_, PyAny>) -> PyResult<Option<Op>> {
-        let _entered = enter()?;
+        runtime()?;
         let message = encode(py, event, data)?;
         match self.inner.try_send_encoded(&message) {
             Ok(true) => Ok(None),
@@ -213,7 +213,6 @@ impl PyChannel {
         py: Python<'_>,
         messages: Vec<(PyBackedStr, Bound<'_, PyAny>)>,
     ) -> PyResult<Option<(usize, Op)>> {
-        let _entered = enter()?;
         for (index, (event, data)) in messages.iter().enumerate() {
             if let Some(waiting) = self.send(py, event, data)? {
                 return Ok(Some((index + 1, waiting)));
@@ -224,7 +223,7 @@ impl PyChannel {
 
     /// Queues a message if there is room; says whether there was.
     fn try_send(&self, py: Python<'_>, event: &str, data: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let _entered = enter()?;
+        runtime()?;
         let message = encode(py, event, data)?;
         let sent = self.inner.try_send_encoded(&message);
         sent.map_err(|error| Failure::from(error).raise(py))
@@ -386,22 +385,6 @@ enum Begin {
     Position(u64, u64),
 }
 
-fn event<'py>(
-    py: Python<'py>,
-    last: &mut Option<(String, Bound<'py, PyString>)>,
-    message: &Message,
-) -> Bound<'py, PyString> {
-    let name = message.event();
-    match last {
-        Some((known, object)) if known == name => object.clone(),
-        _ => {
-            let object = PyString::new(py, name);
-            *last = Some((name.to_owned(), object.clone()));
-            object
-        }
-    }
-}
-
 fn data<'py>(py: Python<'py>, message: &Message) -> PyResult<Bound<'py, PyAny>> {
     match message.gap() {
         Some(gap) => {
@@ -430,15 +413,15 @@ fn data<'py>(py: Python<'py>, message: &Message) -> PyResult<Bound<'py, PyAny>> 
 
 fn pairs(py: Python<'_>, channel: &Channel, messages: &[Message]) -> PyResult<Py<PyAny>> {
     let list = PyList::empty(py);
-    let mut last = None;
+    let mut names = Names::default();
     for message in messages {
         if message.id().is_some() {
             refuse(channel, message.clone())?;
         }
-        let name = event(py, &mut last, message);
+        let name = names.object(py, message.event());
         let data = match message.event().as_bytes().first() {
             Some(b'$') => data(py, message)?,
-            _ => value::decode(py, &message.raw())?,
+            _ => names.decode(py, &message.raw())?,
         };
         list.append(PyTuple::new(py, [name.into_any(), data])?)?;
     }

@@ -197,6 +197,16 @@ fn shape<'a, 'py>(object: &'a Bound<'py, PyAny>) -> PyResult<Shape<'a, 'py>> {
     rare(object)
 }
 
+/// Whether it is a text, a number, a boolean, bytes or `None`, and of no class that a program has made.
+fn is_plain(object: &Bound<'_, PyAny>) -> bool {
+    object.is_exact_instance_of::<PyString>()
+        || object.is_exact_instance_of::<PyInt>()
+        || object.is_exact_instance_of::<PyFloat>()
+        || object.is_exact_instance_of::<PyBool>()
+        || object.is_exact_instance_of::<PyBytes>()
+        || object.is_none()
+}
+
 fn rare<'a, 'py>(object: &'a Bound<'py, PyAny>) -> PyResult<Shape<'a, 'py>> {
     let py = object.py();
     if let Ok(time) = object.extract::<Timestamp>() {
@@ -276,8 +286,19 @@ impl Serialize for Data<'_, '_> {
                 }
                 seq.end()
             }
+            // Writing what is plain runs no code that could change the dict meanwhile.
+            Shape::Dict(dict)
+                if dict
+                    .iter()
+                    .all(|(key, value)| is_plain(&key) && is_plain(&value)) =>
+            {
+                let mut map = to.serialize_map(Some(dict.len()))?;
+                for (key, value) in dict.iter() {
+                    map.serialize_entry(&self.below(&key), &self.below(&value))?;
+                }
+                map.end()
+            }
             Shape::Dict(dict) => {
-                // A copy: what is written below may run code that changes the dict.
                 let items = dict.items();
                 let mut map = to.serialize_map(Some(items.len()))?;
                 for item in items.iter() {
@@ -388,19 +409,50 @@ fn mapping<'py>(
 
 /// The Python object of a message's data, which is sound MessagePack.
 pub(crate) fn decode<'py>(py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyAny>> {
-    let mut reader = Reader { rest: data };
-    reader.object(py, false, 0)
+    Names::default().decode(py, data)
 }
 
-struct Reader<'a> {
+/// Names of events and of fields that messages of one batch have in common, as objects that are made once.
+#[derive(Default)]
+pub(crate) struct Names<'py>(Vec<(String, Bound<'py, PyString>)>);
+
+impl<'py> Names<'py> {
+    /// How many names are kept, and how long they are at most, in bytes.
+    const MOST: usize = 16;
+    const LONGEST: usize = 32;
+
+    /// As [`decode`].
+    pub(crate) fn decode(&mut self, py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyAny>> {
+        let mut reader = Reader {
+            rest: data,
+            names: self,
+        };
+        reader.object(py, false, 0)
+    }
+
+    /// The object of a name.
+    pub(crate) fn object(&mut self, py: Python<'py>, name: &str) -> Bound<'py, PyString> {
+        if let Some((_, object)) = self.0.iter().find(|(known, _)| known == name) {
+            return object.clone();
+        }
+        let object = PyString::new(py, name);
+        if self.0.len() < Self::MOST && name.len() <= Self::LONGEST {
+            self.0.push((name.to_owned(), object.clone()));
+        }
+        object
+    }
+}
+
+struct Reader<'a, 'n, 'py> {
     rest: &'a [u8],
+    names: &'n mut Names<'py>,
 }
 
 fn broken() -> PyErr {
     PyTypeError::new_err("the data is no sound MessagePack")
 }
 
-impl<'a> Reader<'a> {
+impl<'a, 'py> Reader<'a, '_, 'py> {
     fn take(&mut self, len: usize) -> PyResult<&'a [u8]> {
         let (head, rest) = self.rest.split_at_checked(len).ok_or_else(broken)?;
         self.rest = rest;
@@ -419,12 +471,7 @@ impl<'a> Reader<'a> {
         Ok(len)
     }
 
-    fn object<'py>(
-        &mut self,
-        py: Python<'py>,
-        key: bool,
-        depth: usize,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    fn object(&mut self, py: Python<'py>, key: bool, depth: usize) -> PyResult<Bound<'py, PyAny>> {
         let [head] = self.bytes()?;
         match head {
             0x00..=0x7f => head.into_bound_py_any(py),
@@ -469,12 +516,27 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn text<'py>(&mut self, py: Python<'py>, len: usize) -> PyResult<Bound<'py, PyAny>> {
-        let text = std::str::from_utf8(self.take(len)?).map_err(|_| broken())?;
-        Ok(PyString::new(py, text).into_any())
+    fn str(&mut self, len: usize) -> PyResult<&'a str> {
+        std::str::from_utf8(self.take(len)?).map_err(|_| broken())
     }
 
-    fn extension<'py>(&mut self, py: Python<'py>, len: usize) -> PyResult<Bound<'py, PyAny>> {
+    /// A key of a map.
+    fn name(&mut self, py: Python<'py>, depth: usize) -> PyResult<Bound<'py, PyAny>> {
+        match self.rest.first() {
+            Some(head @ 0xa0..=0xbf) => {
+                self.take(1)?;
+                let name = self.str(usize::from(head & 0x1f))?;
+                Ok(self.names.object(py, name).into_any())
+            }
+            _ => self.object(py, true, depth),
+        }
+    }
+
+    fn text(&mut self, py: Python<'py>, len: usize) -> PyResult<Bound<'py, PyAny>> {
+        Ok(PyString::new(py, self.str(len)?).into_any())
+    }
+
+    fn extension(&mut self, py: Python<'py>, len: usize) -> PyResult<Bound<'py, PyAny>> {
         let [kind] = self.bytes()?;
         let content = self.take(len)?;
         if i8::from_be_bytes([kind]) != TIMESTAMP {
@@ -485,7 +547,7 @@ impl<'a> Reader<'a> {
             .into_bound_py_any(py)
     }
 
-    fn array<'py>(
+    fn array(
         &mut self,
         py: Python<'py>,
         len: usize,
@@ -501,7 +563,7 @@ impl<'a> Reader<'a> {
         sequence(py, items, key)
     }
 
-    fn map<'py>(
+    fn map(
         &mut self,
         py: Python<'py>,
         len: usize,
@@ -521,7 +583,7 @@ impl<'a> Reader<'a> {
         }
         let dict = PyDict::new(py);
         for _ in 0..len {
-            let name = self.object(py, true, deeper)?;
+            let name = self.name(py, deeper)?;
             dict.set_item(name, self.object(py, false, deeper)?)?;
         }
         Ok(dict.into_any())

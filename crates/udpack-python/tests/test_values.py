@@ -236,6 +236,41 @@ def test_hostile_dicts_and_lists():
     assert caught.value.code == "bad_msgpack"
 
 
+async def test_names_of_fields_are_their_messages_own():
+    """Messages that arrive together share the objects of the first short names; the others are made for each."""
+    server = udpack.Server(tokens=TOKENS)
+    names = ["a", "b", "aé", "", "x" * 31, "x" * 32, "x" * 33, "x" * 300] + [f"n{n}" for n in range(20)]
+    sent_ones = [
+        (names[n % 7] or "e", {names[(n + k) % len(names)]: [k, {names[k]: n, n: names[k], None: b"x"}] for k in range(n % 28)})
+        for n in range(300)
+    ]
+
+    @server.channel("all")
+    async def serve(channel):
+        await channel.send_many(sent_ones)
+
+    async with served(server) as socket:
+        channel = await socket.open("all")
+        for expected in sent_ones:
+            assert await in_time(channel.recv()) == expected
+
+
+def test_dicts_of_subclasses_are_as_they_are_kept():
+    class Text(str):
+        pass
+
+    class Number(int):
+        def __index__(self):
+            raise AssertionError("nobody asks")
+
+    assert sent({Text("a"): Number(7), "b": True, 3: None}) == {"a": 7, "b": True, 3: None}
+    assert sent({"a": 1, "b": [1]}) == {"a": 1, "b": [1]}
+    with pytest.raises(udpack.EncodeError):
+        sent({"a": 1, "b": "\ud800"})
+    with pytest.raises(udpack.EncodeError):
+        sent({"a": 1, "b": 2**64})
+
+
 async def test_a_message_above_the_limit_harms_nothing():
     server = udpack.Server(tokens=TOKENS)
 

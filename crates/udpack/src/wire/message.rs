@@ -651,6 +651,14 @@ pub(crate) fn encode_bulk<T: Serialize + ?Sized>(
 #[derive(Clone)]
 pub struct Encoded(Bytes);
 
+thread_local! {
+    /// Where [`Encoded`] makes small messages, whose own memory is then as large as they are. Taken while data serializes,
+    /// which may encode another message.
+    static DRAFT: Cell<BytesMut> = Cell::new(BytesMut::new());
+}
+/// The largest message, in bytes of its frame, that is copied out of that memory.
+const DRAFT_MOST: usize = 1024;
+
 impl Encoded {
     /// Encodes `[event, data]`. The limit of a receiver is not known here; it is checked on sending.
     ///
@@ -662,9 +670,16 @@ impl Encoded {
             check_name(event).map_err(EncodeError::Name)?;
             return Err(EncodeError::Reserved(event.to_owned()));
         }
-        let mut buf = BytesMut::new();
+        // A thread that ends may have none any more.
+        let mut buf = DRAFT.try_with(Cell::take).unwrap_or_default();
         encode(&mut buf, event, data, None, usize::MAX)?;
-        Ok(Self(buf.freeze()))
+        if buf.len() > DRAFT_MOST {
+            return Ok(Self(buf.freeze()));
+        }
+        let frame = Bytes::copy_from_slice(&buf);
+        buf.clear();
+        let _ = DRAFT.try_with(|draft| draft.set(buf));
+        Ok(Self(frame))
     }
 
     /// A frame that was encoded elsewhere in this crate.
