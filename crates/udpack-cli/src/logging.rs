@@ -7,11 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::{self, MakeWriter};
+use tracing_subscriber::fmt::format::{self, FormatEvent, FormatFields};
+use tracing_subscriber::fmt::{self, FmtContext, MakeWriter};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use udpack::text::printable_bytes;
 
@@ -85,7 +88,11 @@ impl Console {
         if !self.colours() {
             return self.line(&format!("{label}: {text}"));
         }
-        let colour = if label == "error" { "1;31" } else { "1;36" };
+        let colour = match label {
+            "error" => "1;31",
+            "warning" => "1;33",
+            _ => "1;36",
+        };
         let mut line = format!("\u{1b}[{colour}m{label}:\u{1b}[0m ").into_bytes();
         line.extend(one_line(text.as_bytes()));
         self.write(&line);
@@ -225,6 +232,57 @@ impl<W: Write> Write for Lines<W> {
     }
 }
 
+/// A client's warnings and errors for whoever watches: in the form of its other messages, without time, module and spans.
+struct Messages;
+
+impl<S, N> FormatEvent<S, N> for Messages
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut line: format::Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        context.format_fields(line.by_ref(), event)
+    }
+}
+
+/// Writes each line behind the word for its level.
+struct Labelled(Console);
+
+impl<'a> MakeWriter<'a> for Labelled {
+    type Writer = LabelledLine;
+
+    fn make_writer(&'a self) -> LabelledLine {
+        LabelledLine(self.0.clone(), "warning")
+    }
+
+    fn make_writer_for(&'a self, about: &Metadata<'_>) -> LabelledLine {
+        let label = match *about.level() {
+            Level::ERROR => "error",
+            Level::WARN => "warning",
+            _ => "note",
+        };
+        LabelledLine(self.0.clone(), label)
+    }
+}
+
+struct LabelledLine(Console, &'static str);
+
+impl Write for LabelledLine {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.labelled(self.1, &String::from_utf8_lossy(line));
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Whether colours are turned off by the user or the terminal.
 pub(crate) fn no_colour() -> bool {
     let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
@@ -260,16 +318,23 @@ pub(crate) fn start(
         (false, _) => LevelFilter::TRACE,
     };
     let asked = env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
-    let on_stderr = match asked.map(|text| text.parse()) {
-        Some(Ok(filter)) => filter,
-        Some(Err(_)) | None => ours(role, level),
+    let asked = asked.and_then(|text| text.parse().ok());
+    // Whoever asks for a log gets one, with times.
+    let is_log = asked.is_some() || args.verbose > 0;
+    let on_stderr: Targets = asked.unwrap_or_else(|| ours(role, level));
+    let stderr = fmt::layer().with_ansi(false).log_internal_errors(false);
+    let stderr = match role {
+        Role::Client if !is_log => stderr
+            .event_format(Messages)
+            .with_writer(Labelled(console.clone()))
+            .with_filter(on_stderr)
+            .boxed(),
+        Role::Client | Role::Server => stderr
+            .with_target(args.verbose > 0)
+            .with_writer(Lines(console.clone()))
+            .with_filter(on_stderr)
+            .boxed(),
     };
-    let stderr = fmt::layer()
-        .with_writer(Lines(console.clone()))
-        .with_ansi(false)
-        .with_target(args.verbose > 0)
-        .log_internal_errors(false)
-        .with_filter(on_stderr);
     let (file, guard) = match &args.log_dir {
         Some(dir) => {
             let (writer, guard) = tracing_appender::non_blocking(rolling(role, dir)?);
@@ -368,7 +433,7 @@ mod tests {
             assert!(crates.join(source).is_file(), "{target}");
         }
         let filter = ours(Role::Client, LevelFilter::WARN);
-        let warns = |target| filter.would_enable(target, &tracing::Level::WARN);
+        let warns = |target| filter.would_enable(target, &Level::WARN);
         assert!(warns("udpack::session") && warns("quinn"));
         assert!(!warns("udpack::transport::udp") && !warns("udpack_transfer::store::disk"));
     }

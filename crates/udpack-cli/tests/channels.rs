@@ -423,3 +423,47 @@ fn requests_stream_and_acknowledgements_say_that_a_handler_returned() {
     assert_eq!((out.code, out.stdout.as_str()), (0, ""), "{out:?}");
     runtime.shutdown_timeout(Duration::from_secs(1));
 }
+
+/// Nobody is told of a success that the server has not agreed to.
+#[test]
+fn a_channel_that_the_server_does_not_serve_is_an_error_and_nothing_else() {
+    let server = Server::start();
+    let dir = workdir();
+    for args in [
+        &["listen", "--channel", "nope"][..],
+        &["send", "--channel", "nope", "e", "1"],
+        &["send", "--channel", "nope", "--volatile", "e", "1"],
+        &["request", "--channel", "nope", "e"],
+        // Served, but not to this token.
+        &["listen", "--channel", "stats"],
+    ] {
+        let out = server.client(dir.path(), args);
+        let wanted = if args.contains(&"stats") { 6 } else { 11 };
+        assert_eq!(out.code, wanted, "{args:?}: {out:?}");
+        assert_eq!(out.stdout, "", "{args:?}");
+        assert!(out.stderr.starts_with("error: "), "{args:?}: {out:?}");
+    }
+}
+
+#[test]
+fn warnings_have_the_form_of_other_messages_unless_a_log_is_asked_for() {
+    let server = Server::start();
+    let dir = workdir();
+    let ping = |variable: &str, more: &[&str]| {
+        let mut command = client(dir.path());
+        command.env("RUST_LOG", variable);
+        command.args(["ping", "-c", "1", "--to", &server.url()]);
+        let out = exited(command.args(more));
+        assert_eq!(out.code, 0, "{out:?}");
+        out.stderr
+    };
+    assert_eq!(
+        ping("", &[]),
+        "warning: the token in --to shows in the list of processes: UDPACK_URL keeps it out\n"
+    );
+    assert_eq!(ping("", &["-q"]), "");
+    for log in [ping("warn", &[]), ping("", &["-v"])] {
+        assert!(log.starts_with("20"), "a time: {log}");
+        assert!(log.contains(" WARN "), "a level: {log}");
+    }
+}

@@ -81,10 +81,11 @@ async fn send_volatile(
             // The hub ends its side when it has passed all of them on. Leaving earlier could end the channel before it is served.
             let served = async {
                 let _ = channel.finish().await;
-                while let Ok(Some(_)) = channel.recv().await {}
+                while channel.recv().await?.is_some() {}
+                Ok(())
             };
-            let _ = tokio::time::timeout(std::time::Duration::from_secs(5), served).await;
-            Ok(())
+            let served = tokio::time::timeout(std::time::Duration::from_secs(5), served).await;
+            served.unwrap_or(Ok(()))
         })
         .await
 }
@@ -259,12 +260,20 @@ pub(super) async fn listen(
                         Err(OpenError::NoConnection(_)) => continue,
                         Err(error) => return Err(error.into()),
                     };
-                    if attempt == 0 {
-                        let (name, address) = (&args.channel.channel, target.address());
-                        console.note(&format!("listening on {name} at {address}"));
-                    }
+                    let told = async {
+                        if attempt == 0 && accepted(&socket, &channel).await {
+                            let (name, address) = (&args.channel.channel, target.address());
+                            console.note(&format!("listening on {name} at {address}"));
+                        }
+                        std::future::pending().await
+                    };
                     let before = left;
-                    match hear(&socket, &channel, &mut left).await {
+                    let ended = tokio::select! {
+                        biased;
+                        ended = hear(&socket, &channel, &mut left) => ended,
+                        never = told => never,
+                    };
+                    match ended {
                         Ok(()) => {
                             finish(&channel).await;
                             break;
@@ -286,6 +295,22 @@ pub(super) async fn listen(
             }
         })
         .await
+}
+
+/// Waits until the server has taken the channel; returns whether it has. No message of the protocol says so, but a refusal comes
+/// at once: two questions on another channel, one after the other, are answered behind it. Any answer will do.
+async fn accepted(socket: &Socket, channel: &Channel) -> bool {
+    while let Ok(ping) = socket.open(PING).await {
+        for _ in 0..2 {
+            let _ = ping.send_acked("ping", &()).await;
+        }
+        match ping.close_reason() {
+            // The connection is lost, and the questions with it.
+            Some(reason) if reason.retry => tokio::time::sleep(retry(None).delay(1)).await,
+            _ => return channel.close_reason().is_none(),
+        }
+    }
+    false
 }
 
 /// Prints the channel's events, and the socket's volatile ones, until it ends, or none are left to be printed.
