@@ -10,6 +10,7 @@ use std::io::{self, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::parser::ValueSource;
@@ -20,6 +21,7 @@ use udpack::ConnectUrl;
 
 use crate::args::ConnectArgs;
 use crate::exit::{Failure, Kind};
+use crate::held;
 
 /// What the files say.
 #[derive(Debug, Default)]
@@ -386,7 +388,11 @@ pub(crate) fn check_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Stores a server under a name, for this user alone. Whatever had the name is replaced.
+/// How long another process that stores a server may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Stores a server under a name, for this user alone. Whatever had the name is replaced; what other processes store at the same
+/// time stays.
 pub(crate) fn store(name: &str, url: &str) -> anyhow::Result<PathBuf> {
     check_name(name).map_err(|what| Failure::new(Kind::Usage, what))?;
     let dir = dir().ok_or_else(|| {
@@ -396,6 +402,7 @@ pub(crate) fn store(name: &str, url: &str) -> anyhow::Result<PathBuf> {
     let path = dir.join("servers.toml");
     let failed = || format!("cannot write {}", path.display());
     fs::create_dir_all(&dir).with_context(failed)?;
+    let _held = held::hold(&dir, PATIENCE).with_context(failed)?;
     let old = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if is_absent(&error) => String::new(),

@@ -7,6 +7,7 @@ mod args;
 mod client;
 mod config;
 mod exit;
+mod held;
 mod hub;
 mod json;
 mod logging;

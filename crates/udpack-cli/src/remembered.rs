@@ -11,7 +11,9 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::held;
 
 /// How long a server is remembered, in seconds.
 const DAY: u64 = 24 * 60 * 60;
@@ -19,6 +21,8 @@ const DAY: u64 = 24 * 60 * 60;
 const FRESH: u64 = 60 * 60;
 /// Servers that are remembered; of more, the oldest are forgotten.
 const SERVERS: usize = 64;
+/// How long another process that notes a server may take. Nothing else goes on meanwhile.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Bytes of the file that are read.
 const MOST: u64 = 64 << 10;
 
@@ -93,16 +97,18 @@ fn read(path: &Path) -> io::Result<BTreeMap<String, u64>> {
 
 fn note(path: &Path, server: &str, over_tcp: bool, now: u64) -> io::Result<()> {
     // One that cannot be read is made anew.
-    let mut known = read(path).unwrap_or_default();
-    let before = known.get(server).copied();
-    let stays = match (before, over_tcp) {
-        (Some(at), true) => is_within(at, now, FRESH),
+    let known = || read(path).unwrap_or_default();
+    let stays = match (known().get(server), over_tcp) {
+        (Some(at), true) => is_within(*at, now, FRESH),
         (None, false) => true,
         _ => false,
     };
-    if stays {
+    let Some(dir) = path.parent().filter(|_| !stays) else {
         return Ok(());
-    }
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let _held = held::hold(dir, PATIENCE)?;
+    let mut known = known();
     known.retain(|_, at| is_within(*at, now, DAY));
     known.remove(server);
     if over_tcp {
@@ -120,9 +126,6 @@ fn note(path: &Path, server: &str, over_tcp: bool, now: u64) -> io::Result<()> {
 
 /// Writes the whole file beside the old one and puts it in its place.
 fn replace(path: &Path, known: &BTreeMap<String, u64>) -> io::Result<()> {
-    if let Some(dir) = path.parent() {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    }
     let beside = path.with_extension(format!("{}.new", std::process::id()));
     let mut file = OpenOptions::new()
         .write(true)
@@ -149,6 +152,25 @@ mod tests {
     use super::*;
 
     const NOW: u64 = 1_000_000_000;
+
+    #[test]
+    fn what_many_note_at_once_is_all_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state/udpack/tcp");
+        let barrier = std::sync::Barrier::new(32);
+        std::thread::scope(|scope| {
+            for n in 0..32 {
+                let (path, barrier) = (&path, &barrier);
+                scope.spawn(move || {
+                    barrier.wait();
+                    note(path, &format!("host-{n}:1"), true, NOW).unwrap();
+                });
+            }
+        });
+        assert_eq!(read(&path).unwrap().len(), 32);
+        let left = fs::read_dir(path.parent().unwrap()).unwrap().count();
+        assert_eq!(left, 1, "nothing lies beside it");
+    }
 
     #[test]
     fn the_file_is_private_and_says_what_was_noted_last() {

@@ -10,14 +10,14 @@ use std::process::Stdio;
 use common::{Exited, Running, Server, assert_error, client, exited, mode, visible, workdir};
 
 /// Stores the server under a name, with its URL on standard input.
-fn login(server: &Server, dir: &Path, name: &str) -> Exited {
+fn login(url: &str, dir: &Path, name: &str) -> Exited {
     let mut command = client(dir);
     command.args(["login", "-", name]);
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
     command.stdin(Stdio::from(reader));
     let mut running = Running::spawn(&mut command);
     drop(command);
-    std::io::Write::write_all(&mut writer, server.url().as_bytes()).expect("it reads");
+    std::io::Write::write_all(&mut writer, url.as_bytes()).expect("it reads");
     drop(writer);
     running.exited()
 }
@@ -27,7 +27,7 @@ fn a_server_that_was_logged_in_to_is_known_by_its_name_to_every_command() {
     let server = Server::start_in(workdir(), &["--allow-read"]);
     let dir = workdir();
     let run = |args: &[&str]| exited(client(dir.path()).args(args));
-    let out = login(&server, dir.path(), "work");
+    let out = login(&server.url(), dir.path(), "work");
     assert_eq!(out.code, 0, "{out:?}");
     assert!(out.stdout.starts_with("work  127.0.0.1:"), "{out:?}");
     let token = server.url();
@@ -215,4 +215,28 @@ fn a_default_server_gives_way_to_a_name_and_two_names_are_too_many() {
     fs::create_dir(dir.path().join("lab:d")).expect("mkdir");
     let out = run(&["sync", "lab:d", "work:empty"]);
     assert_eq!(out.code, 0, "{out:?}");
+}
+
+#[test]
+fn servers_that_many_store_at_once_are_all_known() {
+    const MANY: usize = 16;
+    let server = Server::start();
+    let (url, dir) = (server.url(), workdir());
+    let barrier = std::sync::Barrier::new(MANY);
+    std::thread::scope(|scope| {
+        for n in 0..MANY {
+            let (url, dir, barrier) = (&url, dir.path(), &barrier);
+            scope.spawn(move || {
+                barrier.wait();
+                let out = login(url, dir, &format!("s{n}"));
+                assert_eq!(out.code, 0, "{out:?}");
+            });
+        }
+    });
+    let config = dir.path().join(".config/udpack");
+    let stored = fs::read_to_string(config.join("servers.toml")).expect("read");
+    for n in 0..MANY {
+        assert!(stored.contains(&format!("\ns{n} = ")), "s{n}: {stored}");
+    }
+    assert_eq!(config.read_dir().expect("read").count(), 1);
 }

@@ -3,7 +3,7 @@
 //! A server that starts leaves its address beside its key, so that this and `token new` know it later. The token is shown
 //! on request; a start shows it once, on a terminal.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 
@@ -93,7 +93,12 @@ pub(super) fn leave(url: &ConnectUrl, keys: &Path) {
 pub(super) fn leave_line(keys: &Path, name: &str, line: Option<&str>) {
     let file = keys.join(name);
     let done = match line {
-        Some(line) => std::fs::write(file, format!("{line}\n")),
+        // Whole, or not there: another command may read it at this moment.
+        Some(line) => tempfile::NamedTempFile::new_in(keys).and_then(|mut new| {
+            writeln!(new, "{line}")?;
+            new.persist(file)?;
+            Ok(())
+        }),
         None => std::fs::remove_file(file).or_else(|error| match error.kind() {
             io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
