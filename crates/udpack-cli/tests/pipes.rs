@@ -4,6 +4,8 @@ mod common;
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{
@@ -376,6 +378,13 @@ fn a_followed_file_goes_on_after_its_client_was_killed() {
     }
 }
 
+/// Whether no process works in this directory. One that has ended and was not waited for does not.
+fn are_gone(dir: &Path) -> bool {
+    let mut processes = fs::read_dir("/proc").expect("a process table").flatten();
+    processes
+        .all(|process| fs::read_link(process.path().join("cwd")).map_or(true, |cwd| cwd != dir))
+}
+
 /// A command must not take the end of an interrupted client for the end of its input, nor outlive it.
 #[test]
 fn an_interrupt_ends_the_commands() {
@@ -389,11 +398,21 @@ fn an_interrupt_ends_the_commands() {
         (&["get", "f", "--bwlimit", "1M", "--to-command"][..], "cat"),
         // Nobody ever writes to it.
         (&["put", "--as", "g", "--from-command"][..], "read x < fifo"),
+        (
+            &["get", "f", "--bwlimit", "1M", "--to-command"],
+            "{ cat; touch done; } | { cat; touch done; }",
+        ),
+        (
+            &["put", "--as", "g", "--from-command"],
+            "{ read x < fifo; touch done; } | { cat; touch done; }",
+        ),
     ] {
         for signal in ["INT", "TERM"] {
             let mut command = client(dir.path());
             command.env("UDPACK_URL", server.url()).args(args);
             command.arg(format!("echo $$ > told; {does} > got; touch done"));
+            // Not in the foreground of a terminal, where a signal goes to all processes of the group.
+            command.process_group(0);
             let mut running = Running::spawn(&mut command);
             let pid = || fs::read_to_string(&told).unwrap_or_default();
             until("the command runs", || pid().ends_with('\n'));
@@ -404,6 +423,7 @@ fn an_interrupt_ends_the_commands() {
             until("the shell has ended", || {
                 fs::read(&process).map_or(true, |line| line.is_empty())
             });
+            until("nothing of it runs", || are_gone(dir.path()));
             assert!(!dir.path().join("done").exists(), "{args:?}");
             fs::remove_file(&told).expect("rm");
         }

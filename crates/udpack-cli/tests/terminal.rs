@@ -3,8 +3,9 @@
 mod common;
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::{Running, Server, bytes, exited, has_program, installed, quiet, until, workdir};
 use tempfile::TempDir;
@@ -47,6 +48,31 @@ fn the_bar_says_that_it_reconnects_and_goes_on() {
     assert!(!after.contains(" % reconnecting"), "{after:?}");
     assert!(after.contains("B/s\u{1b}[J\r"), "{after:?}");
     assert!(fs::read(second.uploads().join("file")).expect("stored") == content);
+}
+
+#[test]
+fn a_command_may_ask_at_the_terminal() {
+    if !has_program("script", "--version") {
+        return;
+    }
+    let server = Server::start();
+    let dir = workdir();
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    let command =
+        "exec udpack-client put --as asked --from-command 'read word </dev/tty; echo $word'";
+    let mut running = Running::spawn(
+        quiet(Command::new("script"), dir.path())
+            .env("PATH", installed())
+            .env("TERM", "xterm")
+            .env("UDPACK_URL", server.url())
+            .args(["-qefc", command, "screen"])
+            .stdin(Stdio::from(reader)),
+    );
+    writer.write_all(b"secret\n").expect("it reads");
+    let out = running.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    let stored = fs::read(server.uploads().join("asked")).expect("stored");
+    assert_eq!(stored, b"secret\n");
 }
 
 /// A terminal of a size of its own, ended when this is dropped.

@@ -1,12 +1,17 @@
 //! Sources of `put` that can be read only once: standard input, the output of a command, a file that grows. Such a
 //! source succeeds only if it is known to be complete; an error in place of its end prevents publishing.
 
+use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, getpgrp, kill_process, kill_process_group, waitid,
+};
+use rustix::termios::tcgetpgrp;
 
 use super::follow::Follow;
 use crate::exit::{EmptyStdin, Unfinished};
@@ -32,22 +37,48 @@ enum From {
     Growing(Follow),
 }
 
-/// The shells that run, by their process ids. None of these is waited for while it is here, so none is another process.
-static SHELLS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+/// The shells that run. None of these is waited for while it is here, so none is another process.
+static SHELLS: Mutex<Vec<Shell>> = Mutex::new(Vec::new());
 
-fn shells() -> MutexGuard<'static, Vec<Pid>> {
+fn shells() -> MutexGuard<'static, Vec<Shell>> {
     SHELLS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A shell that runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shell {
+    pid: Pid,
+    /// Whether it leads a process group, to which all processes of its command belong.
+    leads: bool,
+}
+
+impl Shell {
+    /// Ends the command at once, with all processes of a pipeline.
+    fn kill(self) {
+        let _ = match self.leads {
+            true => kill_process_group(self.pid, Signal::KILL),
+            false => kill_process(self.pid, Signal::KILL),
+        };
+    }
+}
+
+/// Whether this process is in the foreground of its terminal. A command must then stay in the same process group: from one in
+/// the background it could not ask for a password. Ctrl-C reaches all processes of the foreground group.
+fn is_in_foreground() -> bool {
+    let terminal = File::open("/dev/tty").ok();
+    let foreground = terminal.and_then(|terminal| tcgetpgrp(terminal).ok());
+    foreground == Some(getpgrp())
 }
 
 /// Ends all commands that run, for a program that is about to end: what one of them reads must not look to it as if it had come
 /// to its end.
 pub(crate) fn end_commands() {
     for shell in shells().drain(..) {
-        let _ = kill_process(shell, Signal::KILL);
+        shell.kill();
     }
 }
 
-/// A shell command. Dropping it kills the shell.
+/// A shell command. Dropping it ends the command.
 pub(super) struct Spawned {
     line: String,
     child: Option<Child>,
@@ -66,12 +97,16 @@ impl Spawned {
         if self.child.is_none() {
             let mut command = Command::new("sh");
             command.arg("-c").arg(&self.line);
+            let leads = !is_in_foreground();
+            if leads {
+                command.process_group(0);
+            }
             pipes(&mut command);
             let child = command.spawn().map_err(|error| {
                 let text = format!("cannot start `{}`: {error}", self.line);
                 io::Error::new(error.kind(), text)
             })?;
-            shells().extend(pid(&child));
+            shells().extend(pid(&child).map(|pid| Shell { pid, leads }));
             self.child = Some(child);
         }
         self.child
@@ -105,7 +140,9 @@ impl Spawned {
 impl Drop for Spawned {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
-            let _ = child.kill();
+            if let Some(shell) = running(child) {
+                shell.kill();
+            }
             leave(child);
             let _ = child.wait();
         }
@@ -116,13 +153,18 @@ fn pid(child: &Child) -> Option<Pid> {
     i32::try_from(child.id()).ok().and_then(Pid::from_raw)
 }
 
+/// The shell, unless it was waited for.
+fn running(child: &Child) -> Option<Shell> {
+    let pid = pid(child)?;
+    shells().iter().find(|shell| shell.pid == pid).copied()
+}
+
 /// Waits until a shell has ended, and takes it from the list before its process id may become that of another process.
 fn leave(child: &Child) {
-    let Some(pid) = pid(child) else { return };
-    if shells().contains(&pid) {
+    if let Some(shell) = running(child) {
         let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-        while waitid(WaitId::Pid(pid), ended).is_err_and(|error| error == Errno::INTR) {}
-        shells().retain(|shell| *shell != pid);
+        while waitid(WaitId::Pid(shell.pid), ended).is_err_and(|error| error == Errno::INTR) {}
+        shells().retain(|other| *other != shell);
     }
 }
 

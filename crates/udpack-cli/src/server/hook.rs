@@ -11,6 +11,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 use udpack::{Peer, Pool, Shares, Tenant};
@@ -131,16 +132,31 @@ impl Program {
         });
     }
 
-    fn spawn(&self, argument: &str, variables: &Variables) -> io::Result<Child> {
+    fn spawn(&self, argument: &str, variables: &Variables) -> io::Result<Run> {
         let variables = variables.iter();
-        Command::new(&*self.path)
+        let child = Command::new(&*self.path)
             .arg(argument)
             .envs(variables.map(|(name, value)| (*name, OsStr::new(value))))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
-            .spawn()
+            .process_group(0)
+            .spawn();
+        child.map(Run)
+    }
+}
+
+/// A run, in a process group of its own. Dropping it before the program has ended ends all processes of the group.
+struct Run(Child);
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // It has an id until it was waited for, and so long no other process has that id.
+        let id = self.0.id().and_then(|id| i32::try_from(id).ok());
+        if let Some(group) = id.and_then(Pid::from_raw) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
     }
 }
 
@@ -156,7 +172,8 @@ struct Ran {
 impl Ran {
     /// Waits for the program's end. What it leaves running in the background may keep its streams open: nobody
     /// waits for that.
-    async fn of(mut child: Child) -> io::Result<Self> {
+    async fn of(mut run: Run) -> io::Result<Self> {
+        let child = &mut run.0;
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let status = {
@@ -248,6 +265,7 @@ const LINE: usize = 2048;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{BufRead as _, BufReader, Read as _};
     use std::os::unix::fs::PermissionsExt as _;
 
     fn script(dir: &Path, text: &str) -> PathBuf {
@@ -302,6 +320,32 @@ mod tests {
         );
         let program = Program::new(Path::new("/nonexistent/hook"), Duration::from_secs(30));
         assert_eq!(program.ask(&Vec::new()).await, failed);
+    }
+
+    #[tokio::test]
+    async fn one_that_nobody_waits_for_any_longer_ends_with_all_that_it_started() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let fifo = dir.path().join("fifo");
+        let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+        assert!(made.is_ok_and(|made| made.success()));
+        let text = format!(
+            "exec >{}; echo begun; sleep 1000 | sleep 1000",
+            fifo.display()
+        );
+        let (begun, began) = tokio::sync::oneshot::channel();
+        let told = tokio::task::spawn_blocking(move || {
+            let mut told = BufReader::new(std::fs::File::open(fifo).expect("it writes"));
+            let mut line = String::new();
+            told.read_line(&mut line).expect("text");
+            begun.send(line).expect("somebody waits");
+            // Ends when nobody has it open for writing.
+            told.read_to_end(&mut Vec::new()).expect("an end")
+        });
+        tokio::select! {
+            ran = ask(&text, Duration::from_secs(600)) => panic!("{ran:?}"),
+            line = began => assert_eq!(line.as_deref(), Ok("begun\n")),
+        }
+        assert_eq!(told.await.expect("no panic"), 0);
     }
 
     #[test]
