@@ -202,6 +202,13 @@ test('the whole client over the other implementation: requests, items, a large m
     assert.equal((await echo.receive())?.data, n);
     send();
   }
+  // The example sends back numbers alone.
+  for (let n = 0; n < 100; n += 1) {
+    socket.sendLatest('position', 'me', n);
+    assert.deepEqual(await socket.receiveVolatile(), { event: 'position', data: n, key: 'me' });
+  }
+  socket.sendVolatile('position', -1);
+  assert.deepEqual(await socket.receiveVolatile(), { event: 'position', data: -1, key: undefined });
   assert.equal((await (await socket.open('nobody')).closed).code, Code.NO_SUCH_CHANNEL);
   assert.equal((await socket.close()).code, Code.NORMAL);
 });
