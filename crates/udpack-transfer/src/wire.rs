@@ -5,6 +5,9 @@
 pub(crate) mod lane;
 pub(crate) mod stats;
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use udpack::{Channel, FieldError, Fields, Message};
@@ -984,53 +987,39 @@ pub(crate) fn ranges_within(frame: usize) -> usize {
     (frame.saturating_sub(64) / (1 + 9 + 9 + 34)).min(RANGES)
 }
 
-/// 32 bytes that travel as msgpack `bin`.
+/// Bytes that travel as msgpack `bin`, in place of an array of numbers.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Hash(pub(crate) [u8; 32]);
+pub(crate) struct Bin<T>(pub(crate) T);
 
-impl Serialize for Hash {
+/// A BLAKE3 hash.
+pub(crate) type Hash = Bin<[u8; 32]>;
+
+/// One run of a client.
+pub(crate) type Run = Bin<[u8; 16]>;
+
+impl<T: AsRef<[u8]>> Serialize for Bin<T> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(&self.0)
+        serializer.serialize_bytes(self.0.as_ref())
     }
 }
 
-/// Bytes that travel as msgpack `bin`.
-#[derive(Debug, Clone)]
-pub(crate) struct Blob(pub(crate) Vec<u8>);
-
-impl Serialize for Blob {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(&self.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for Blob {
+impl<'de, T: for<'a> TryFrom<&'a [u8]>> Deserialize<'de> for Bin<T> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Bytes;
+        struct Bytes<T>(PhantomData<T>);
+        impl<T: for<'a> TryFrom<&'a [u8]>> serde::de::Visitor<'_> for Bytes<T> {
+            type Value = Bin<T>;
 
-        impl serde::de::Visitor<'_> for Bytes {
-            type Value = Blob;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("bin")
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("bin of the length that is due")
             }
 
-            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<Blob, E> {
-                Ok(Blob(bytes.to_vec()))
+            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<Bin<T>, E> {
+                let read = T::try_from(bytes);
+                read.map(Bin)
+                    .map_err(|_| E::invalid_length(bytes.len(), &self))
             }
         }
-
-        deserializer.deserialize_bytes(Bytes)
-    }
-}
-
-/// 16 bytes that are sent as msgpack `bin`: one run of a client.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Run(pub(crate) [u8; 16]);
-
-impl Serialize for Run {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(&self.0)
+        deserializer.deserialize_bytes(Bytes(PhantomData))
     }
 }
 
@@ -1052,7 +1041,7 @@ pub(crate) fn sync_word(way: Synced) -> &'static str {
 /// Ranges in the form that serde sends.
 pub(crate) fn ranges(have: &Have) -> Vec<(u64, u64, Hash)> {
     have.iter()
-        .map(|(off, len, hash)| (*off, *len, Hash(*hash)))
+        .map(|(off, len, hash)| (*off, *len, Bin(*hash)))
         .collect()
 }
 
@@ -1084,7 +1073,7 @@ mod tests {
             if_exists: Some("rename"),
             resume: true,
             dirs: vec![0o750, 0o755],
-            run: Some(Run([3; 16])),
+            run: Some(Bin([3; 16])),
             base: Some("old"),
         };
         assert_eq!(
@@ -1109,7 +1098,7 @@ mod tests {
         let finish = FinishFields {
             id: 7,
             size: 3,
-            hash: Hash([9; 32]),
+            hash: Bin([9; 32]),
         };
         assert_eq!(
             decode(&message("finish", &finish)).unwrap(),
@@ -1154,7 +1143,7 @@ mod tests {
         );
         let ready = ReadyFields {
             id: 7,
-            have: vec![(0, 3, Hash([9; 32]))],
+            have: vec![(0, 3, Bin([9; 32]))],
             chunk: 1,
             base: Some(5),
             holes: true,
@@ -1172,7 +1161,7 @@ mod tests {
             id: 7,
             path: "a/b",
             size: 3,
-            hash: Hash([9; 32]),
+            hash: Bin([9; 32]),
             same: true,
             sync: Some("batch"),
             mtime: Some(-1),

@@ -26,8 +26,8 @@ use crate::local::source::{self, Buffers, Known, Opened, Origin, Piece, Source, 
 use crate::store::{IfExists, Meta, OtherTime, Time};
 use crate::wire::CHANNEL;
 use crate::wire::{
-    self, AckFields, CancelFields, ChunkFields, CopyFields, DirFields, FileFields, FinishFields,
-    Hash, Have, HoleFields, LinkFields, MetaFields, PutFields, Reply, Run,
+    self, AckFields, Bin, CancelFields, ChunkFields, CopyFields, DirFields, FileFields,
+    FinishFields, Have, HoleFields, LinkFields, MetaFields, PutFields, Reply, Run,
 };
 
 /// Files of one lane that may wait for their `done`.
@@ -334,7 +334,7 @@ impl Shared {
         for (byte, index) in run.iter_mut().zip((index as u64).to_le_bytes()) {
             *byte ^= index;
         }
-        Run(run)
+        Bin(run)
     }
 
     /// Corrects the size of a file, in bytes.
@@ -925,7 +925,7 @@ impl Lane<'_> {
                 if_exists: self.policy(settle),
                 dirs: self.dirs(&source),
                 run,
-                hash: Hash(hash),
+                hash: Bin(hash),
             };
             let sent = self.channel.send_bulk("put", &fields, "data", bytes).await;
             return Ok(sent?);
@@ -1407,7 +1407,7 @@ impl Lane<'_> {
     }
 
     async fn finish(self, id: u64, size: u64, hash: [u8; 32]) -> Result<(), LaneOver> {
-        let hash = Hash(hash);
+        let hash = Bin(hash);
         let fields = FinishFields { id, size, hash };
         Ok(self.channel.send("finish", &fields).await?)
     }

@@ -18,7 +18,7 @@ use crate::server::receiver::Receiver;
 use crate::server::upload::{Outcome, Outcomes};
 use crate::staging::target::TargetFile;
 use crate::wire::{
-    ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have, HoleFields, MetaFields,
+    Bin, ChunkFields, ErrorFields, FileFields, FinishFields, Have, HoleFields, MetaFields,
 };
 
 /// How many lanes a client most likely has; the server does not know.
@@ -273,7 +273,7 @@ async fn send_pieces(
                 job.skip(offset + len);
             }
             Some(Piece::End { size, hash, .. }) => {
-                let hash = Hash(hash);
+                let hash = Bin(hash);
                 channel
                     .send("finish", &FinishFields { id, size, hash })
                     .await?;

@@ -16,7 +16,7 @@ use crate::server::scope::Scope;
 use crate::server::sharing::{Answer, Asked, Sharing};
 use crate::staging::target::{Target, TargetFile};
 use crate::store::{Entry, Kind, List, Page, StoreError, check_target};
-use crate::wire::{Blob, Hash};
+use crate::wire::{Bin, Hash};
 
 /// Entries of one page where the client does not say.
 const PAGE: u64 = 1_000;
@@ -235,7 +235,7 @@ impl Queries {
                     .await
             }
             Ok(Found::Chunks { size, chunks, end }) => {
-                let chunks = Blob(chunks);
+                let chunks = Bin(chunks);
                 let fields = ChunksFields { size, end, chunks };
                 channel.reply(message, &fields).await
             }
@@ -374,7 +374,7 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
             let hash = file.fingerprint().await?;
             Ok(Found::Hash {
                 size: file.size(),
-                hash: Hash(hash),
+                hash: Bin(hash),
             })
         }
     }
@@ -554,7 +554,7 @@ impl Serialize for Row<'_> {
 struct ChunksFields {
     size: u64,
     end: u64,
-    chunks: Blob,
+    chunks: Bin<Vec<u8>>,
 }
 
 /// Chunks of one page, at most.

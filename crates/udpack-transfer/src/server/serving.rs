@@ -35,7 +35,7 @@ use crate::store::{
 };
 use crate::wire::lane::{Action, Lane, Refusal};
 use crate::wire::{
-    self, AckFields, BadMessage, CHUNK, Copied, DirOffer, DoneFields, ErrorFields, Hash, Hole,
+    self, AckFields, BadMessage, Bin, CHUNK, Copied, DirOffer, DoneFields, ErrorFields, Hole,
     LinkOffer, Offer, Put, ReadyFields, Request, Wish,
 };
 
@@ -805,7 +805,7 @@ impl<'a> Serving<'a> {
                     id,
                     path: self.scope.outside(&published.path),
                     size: published.size,
-                    hash: Hash(published.hash),
+                    hash: Bin(published.hash),
                     same: published.same,
                     sync: Some(wire::sync_word(published.sync)),
                     mtime: published.other_time.map(|time| time.got.secs),

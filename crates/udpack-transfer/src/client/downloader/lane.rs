@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
-use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
+use udpack::{Channel, CloseCode, Message, Priority, Socket};
 
 use super::incoming::{self, Arriving, End, Note, Wish};
 use super::{Context, Held, lock};
@@ -338,7 +338,7 @@ impl Lane<'_> {
                 message = self.channel.recv() => {
                     let message = match message {
                         Ok(Some(message)) => message,
-                        Ok(None) => return TransferError::Closed(self.ended()),
+                        Ok(None) => return TransferError::Closed(lane_end(self.channel, self.socket)),
                         Err(error) => return error.into(),
                     };
                     match self.take(flight, &message).await {
@@ -525,22 +525,6 @@ impl Lane<'_> {
     fn progressed(&mut self) {
         self.moved = true;
         self.link.progressed();
-    }
-
-    /// Why the server ended the lane in order although this side had not.
-    fn ended(&self) -> CloseReason {
-        let known = self.channel.close_reason();
-        if let Some(reason) = known.or_else(|| self.socket.close_reason()) {
-            return reason;
-        }
-        let (code, text) = match self.socket.goaway() {
-            Some(goaway) => (goaway.code, goaway.text),
-            None => (
-                CloseCode::CONNECTION_LOST,
-                "the server ended the lane with files unanswered".to_owned(),
-            ),
-        };
-        CloseReason::new(code, text, Side::Peer)
     }
 }
 

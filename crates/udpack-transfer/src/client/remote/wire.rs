@@ -11,7 +11,7 @@ use crate::base::names;
 use crate::base::path::{RelPath, printable};
 use crate::local::error::TransferError;
 use crate::store::{Entry, Kind, Removed, Time};
-use crate::wire::Blob;
+use crate::wire::{Bin, Hash};
 
 /// Longest target of a symbolic link, in bytes: Linux allows no longer one.
 const MAX_TARGET: usize = 4095;
@@ -276,7 +276,7 @@ impl Gone {
 #[derive(Debug, Deserialize)]
 pub(super) struct Hashed {
     pub(super) size: u64,
-    pub(super) hash: Digest,
+    pub(super) hash: Hash,
 }
 
 #[derive(Serialize)]
@@ -293,38 +293,7 @@ pub(super) struct ChunksFields<'a> {
 pub(super) struct Chunks {
     pub(super) size: u64,
     pub(super) end: u64,
-    pub(super) chunks: Blob,
-}
-
-/// A BLAKE3 hash: `bin` of 32 bytes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Digest(pub(super) [u8; 32]);
-
-impl<'de> Deserialize<'de> for Digest {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Bytes;
-
-        impl<'de> Visitor<'de> for Bytes {
-            type Value = Digest;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("bin of 32 bytes")
-            }
-
-            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Digest, E> {
-                bytes
-                    .try_into()
-                    .map(Digest)
-                    .map_err(|_| E::invalid_length(bytes.len(), &self))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Digest, A::Error> {
-                Err(A::Error::invalid_type(serde::de::Unexpected::Seq, &self))
-            }
-        }
-
-        deserializer.deserialize_bytes(Bytes)
-    }
+    pub(super) chunks: Bin<Vec<u8>>,
 }
 
 /// The fields of a request that has none.
