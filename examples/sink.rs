@@ -123,6 +123,7 @@ impl Sink for Forward {
             // The promise is the archive's.
             sync: Synced::None,
             other_time: None,
+            xattrs: 0,
         })
     }
 

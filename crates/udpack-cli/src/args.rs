@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use udpack::{CongestionControl, Fingerprint, Priority, TransportChoice};
 use udpack_transfer::{
-    Delta, IfExists, Limiter, Names, Overwrite, Pattern, SyncPolicy, names, parse_size,
+    Delta, IfExists, Limiter, Names, Overwrite, Pattern, SyncPolicy, Xattrs, names, parse_size,
 };
 
 use crate::via::Via;
@@ -164,7 +164,7 @@ pub(crate) struct ServerArgs {
     /// or file:///DIRECTORY. Credentials come from the environment (AWS_ACCESS_KEY_ID and so on; AWS_ENDPOINT with
     /// AWS_ALLOW_HTTP=true for your own server). --dir holds the journals with which uploads continue after a crash.
     #[cfg(feature = "store")]
-    #[arg(long, value_name = "URL", env = "UDPACK_STORE", group = "objects", conflicts_with_all = ["min_free", "fsync"])]
+    #[arg(long, value_name = "URL", env = "UDPACK_STORE", group = "objects", conflicts_with_all = ["min_free", "fsync", "xattrs"])]
     pub(crate) store: Option<String>,
 
     /// Store received files in --dir, and copy them from there to an object store, with an address and credentials as
@@ -209,6 +209,12 @@ pub(crate) struct ServerArgs {
     /// system can hold.
     #[arg(long, value_enum, default_value_t = NamesArg::Any)]
     pub(crate) names: NamesArg,
+
+    /// Which extended attributes of files and directories clients may store and read: none, those of users (`user.*`), or
+    /// all that the server may set, with access control lists and capabilities, which can give rights to files. No quota
+    /// counts the room that they take on the disk, at most 64K a file.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = GrantArg::None)]
+    pub(crate) xattrs: GrantArg,
 
     /// Most clients connected at once from one address (an IPv4 address or an IPv6 /64).
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
@@ -845,6 +851,9 @@ pub(crate) struct SyncArgs {
     pub(crate) tree: TreeArgs,
 
     #[command(flatten)]
+    pub(crate) keep: KeepArgs,
+
+    #[command(flatten)]
     pub(crate) pace: PaceArgs,
 
     #[command(flatten)]
@@ -870,6 +879,41 @@ pub(crate) enum ChangedArg {
 pub(crate) enum TornArg {
     Fail,
     Warn,
+}
+
+/// Which extended attributes are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum XattrsArg {
+    User,
+    All,
+}
+
+impl KeepArgs {
+    pub(crate) fn xattrs(self) -> Xattrs {
+        match self.xattrs {
+            None => Xattrs::None,
+            Some(XattrsArg::User) => Xattrs::User,
+            Some(XattrsArg::All) => Xattrs::All,
+        }
+    }
+}
+
+/// Which extended attributes clients may copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GrantArg {
+    None,
+    User,
+    All,
+}
+
+impl From<GrantArg> for Xattrs {
+    fn from(arg: GrantArg) -> Self {
+        match arg {
+            GrantArg::None => Self::None,
+            GrantArg::User => Self::User,
+            GrantArg::All => Self::All,
+        }
+    }
 }
 
 /// How names are written here.
@@ -914,6 +958,15 @@ pub(crate) struct PaceArgs {
     pub(crate) bwlimit: Rates,
 }
 
+/// What is copied of files beside their bytes, times and modes.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct KeepArgs {
+    /// Copy extended attributes: those of users (`user.*`), or with `--xattrs=all` also access control lists,
+    /// capabilities and others that both sides may set. The server must be started with --xattrs. What is lost is told.
+    #[arg(long, value_enum, value_name = "KIND", num_args = 0..=1, require_equals = true, default_missing_value = "user")]
+    pub(crate) xattrs: Option<XattrsArg>,
+}
+
 /// How files are transferred, in either direction.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TransferArgs {
@@ -928,6 +981,9 @@ pub(crate) struct TransferArgs {
     /// Keep modification times and modes.
     #[arg(short, long)]
     pub(crate) preserve: bool,
+
+    #[command(flatten)]
+    pub(crate) keep: KeepArgs,
 
     #[command(flatten)]
     pub(crate) paths: ViaArgs,

@@ -153,6 +153,13 @@ pub(crate) enum Line<'a> {
         asked: &'a str,
         got: &'a str,
     },
+    /// A file or directory lacks extended attributes that were to be copied.
+    Xattrs {
+        path: &'a str,
+        /// How many were not stored; absent where the server does not give them.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        lost: Option<u32>,
+    },
     /// Parts of files that are kept to be resumed, of this run and of others.
     Kept {
         dir: &'a str,

@@ -1636,3 +1636,76 @@ fn two_ways_to_write_one_name_are_found_before_anything_is_sent() {
     assert!(out.stderr.contains("would both be stored"), "{out:?}");
     assert!(names(&server.uploads()).is_empty(), "{out:?}");
 }
+
+/// Sets an attribute; false on a file system that holds none.
+#[cfg(target_os = "linux")]
+fn mark(path: &Path, value: &[u8]) -> bool {
+    let file = File::open(path).expect("open");
+    rustix::fs::fsetxattr(&file, "user.mark", value, rustix::fs::XattrFlags::empty()).is_ok()
+}
+
+#[cfg(target_os = "linux")]
+fn marked(path: &Path) -> Option<Vec<u8>> {
+    let file = File::open(path).expect("open");
+    let mut value = vec![0; 64];
+    let filled = rustix::fs::fgetxattr(&file, "user.mark", &mut *value).ok()?;
+    value.truncate(filled);
+    Some(value)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn extended_attributes_are_copied_where_both_sides_take_them_and_told_once_where_not() {
+    let server = Server::start_in(workdir(), &["--allow-read", "--overwrite", "always"]);
+    let dir = workdir();
+    let files = ["tree/a", "tree/b"];
+    for file in files {
+        let path = dir.path().join(file);
+        write(&path, file.as_bytes());
+        if !mark(&path, file.as_bytes()) {
+            return skipped("a file system with extended attributes");
+        }
+    }
+    let warnings = |stderr: &str| {
+        let lines = stderr.lines();
+        lines
+            .filter(|line| line.contains("extended attribute"))
+            .count()
+    };
+    let out = server.client(dir.path(), &["put", "tree", "--xattrs"]);
+    assert_eq!((out.code, warnings(&out.stderr)), (0, 1), "{out:?}");
+    assert_eq!(marked(&server.uploads().join("tree/a")), None);
+    let out = server.client(dir.path(), &["get", "tree", "--as", "none/", "--xattrs"]);
+    assert_eq!((out.code, warnings(&out.stderr)), (0, 1), "{out:?}");
+
+    let args = ["--allow-read", "--overwrite", "always", "--xattrs", "user"];
+    let server = Server::start_in(server.stop(), &args);
+    let again = ["put", "tree", "--xattrs", "--if-exists", "overwrite"];
+    let out = server.client(dir.path(), &again);
+    assert_eq!((out.code, warnings(&out.stderr)), (0, 0), "{out:?}");
+    let out = server.client(dir.path(), &["sync", "tree", ":mirror", "--xattrs=user"]);
+    assert_eq!((out.code, warnings(&out.stderr)), (0, 0), "{out:?}");
+    let out = server.client(dir.path(), &["get", "tree", "--as", "got/", "--xattrs"]);
+    assert_eq!((out.code, warnings(&out.stderr)), (0, 0), "{out:?}");
+    let out = server.client(dir.path(), &["sync", ":mirror", "back", "--xattrs"]);
+    assert_eq!((out.code, warnings(&out.stderr)), (0, 0), "{out:?}");
+    for file in files {
+        let name = Path::new(file).file_name().expect("a name");
+        for copy in [
+            server.uploads().join(file),
+            server.uploads().join("mirror").join(name),
+            dir.path().join("got").join(file),
+            dir.path().join("back").join(name),
+        ] {
+            assert_eq!(marked(&copy).as_deref(), Some(file.as_bytes()), "{copy:?}");
+        }
+    }
+
+    // As JSON it is told of each file.
+    let out = server.client(
+        dir.path(),
+        &["get", "tree", "--as", "all/", "--xattrs=all", "--json"],
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(named(&events(&out.stdout), "xattrs").len(), 2);
+}

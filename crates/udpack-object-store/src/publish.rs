@@ -155,6 +155,7 @@ impl Whole {
             same: false,
             sync: Synced::File,
             other_time: None,
+            xattrs: 0,
         }
     }
 

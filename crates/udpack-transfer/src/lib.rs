@@ -50,7 +50,7 @@ pub use base::size::{format_size, parse_size};
 pub use client::downloader::{Download, Downloader, Wanted, apply_entry};
 pub use client::fetch::{Fetch, FetchError, Fetched};
 pub use client::link::{Link, LinkEvent, LinkEvents, PathProgress, Retry};
-pub use client::progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
+pub use client::progress::{Event, FileProgress, LostXattrs, Moving, Outcome, Progress, Watch};
 pub use client::remote::{
     Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote, Rights, ShareEntry, ShareWish,
     Shared, StatsWatch,
@@ -68,11 +68,11 @@ pub use server::jobs::{Transfer, TransferWatch};
 pub use server::receiver::{Receiver, ReceiverConfig};
 pub use server::scope::{Scope, ScopeError};
 pub use store::{
-    Abilities, Begin, Begun, Change, Changes, Checkpoint, Complete, DiskUpload, Durable, Entry,
-    Existing, Expected, IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta, Names,
-    NewDir, NewFile, NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed, Published,
-    Range, ReadAt, Removed, Sink, Space, Store, StoreConfig, StoreError, Stored, Suspended,
-    SyncPolicy, Synced, Tenant, Time, Usage, purge, uploads,
+    Abilities, BadXattrs, Begin, Begun, Change, Changes, Checkpoint, Complete, DiskUpload, Durable,
+    Entry, Existing, Expected, IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta,
+    Names, NewDir, NewFile, NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed,
+    Published, Range, ReadAt, Removed, Sink, Space, Store, StoreConfig, StoreError, Stored,
+    Suspended, SyncPolicy, Synced, Tenant, Time, Usage, Xattr, XattrList, Xattrs, purge, uploads,
 };
 pub use wire::lane::{Action, Lane, Refusal};
 pub use wire::stats::{

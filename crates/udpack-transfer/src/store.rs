@@ -14,6 +14,7 @@
 //!
 //! All functions block: call them from a thread that may block. This module knows neither clients nor messages.
 
+mod attributes;
 mod changes;
 mod disk;
 mod error;
@@ -46,6 +47,8 @@ use journal::Key;
 use quota::{Accounts, LEAST, charge};
 use rustix::fs::Stat;
 
+pub use attributes::{BadXattrs, Xattr, XattrList, Xattrs};
+pub(crate) use attributes::{XATTR_BYTES, XATTRS, read as read_xattrs};
 pub use changes::{Change, Changes};
 pub use error::StoreError;
 pub use partial::{Checkpoint, Partial, Range};
@@ -191,6 +194,9 @@ pub struct StoreConfig {
     pub expire: Duration,
     /// What is put on disk before a file counts as stored. Defaults to [`SyncPolicy::Auto`].
     pub sync: SyncPolicy,
+    /// Which extended attributes files and directories get that come with some. Defaults to [`Xattrs::None`]. No quota
+    /// counts the room that they take on the disk.
+    pub xattrs: Xattrs,
     /// Whether several processes may use the directory at once, each for itself, as for downloads: then it
     /// is not locked, and the store's own directory goes away with the last of them if nothing is in it.
     /// Defaults to false.
@@ -224,6 +230,7 @@ impl Default for StoreConfig {
             max_open: 256,
             expire: Duration::from_secs(24 * 60 * 60),
             sync: SyncPolicy::Auto,
+            xattrs: Xattrs::None,
             shared: false,
             changes: false,
         }

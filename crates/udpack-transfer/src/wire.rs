@@ -15,7 +15,7 @@ use udpack::{Channel, FieldError, Fields, Message};
 use crate::base::code::Code;
 use crate::base::names;
 use crate::base::path::RelPath;
-use crate::store::{IfExists, Meta, Synced, Time};
+use crate::store::{IfExists, Meta, Synced, Time, XATTR_BYTES, XATTRS, Xattr, XattrList, Xattrs};
 
 /// The name of the channels that are lanes.
 pub const CHANNEL: &str = "transfer";
@@ -133,6 +133,8 @@ pub struct Offer {
     pub run: Option<[u8; 16]>,
     /// A file at the server that this one may share bytes with; not yet checked.
     pub base: Option<String>,
+    /// Its extended attributes.
+    pub xattrs: XattrList,
     /// Whether it uses the ancestor's short form: no id, no offsets, no hash.
     pub short: bool,
 }
@@ -216,6 +218,8 @@ pub struct DirOffer {
     pub meta: MetaFields,
     /// As in an [`Offer`]; the last is for the directory itself, if it must be created.
     pub dirs: Vec<u32>,
+    /// Its extended attributes.
+    pub xattrs: XattrList,
 }
 
 /// A `link` message.
@@ -246,6 +250,8 @@ pub struct Wish {
     pub rate: Option<u64>,
     /// Whether the client takes `hole`.
     pub holes: bool,
+    /// The extended attributes that it asks for.
+    pub xattrs: Xattrs,
 }
 
 /// A `finish` message.
@@ -295,6 +301,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 path: names::field(fields, "path")?,
                 meta: meta(fields)?,
                 dirs: dirs(fields)?,
+                xattrs: xattrs(fields)?,
             }))
         }),
         "link" => link(message),
@@ -305,6 +312,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 have: have(fields)?,
                 rate: fields.opt_u64("rate")?,
                 holes: fields.opt_bool("holes")?.unwrap_or(false),
+                xattrs: which(fields)?,
             }))
         }),
         // This is the short form.
@@ -338,6 +346,46 @@ fn meta(fields: &Fields<'_>) -> Result<MetaFields, FieldError> {
             .ok_or_else(|| wrong("mtime_ns", "u64 below 1000000000"))?,
         mode: mode.and_then(|mode| u32::try_from(mode).ok()),
     })
+}
+
+/// Reads `xattrs`: a missing list is empty.
+fn xattrs(fields: &Fields<'_>) -> Result<XattrList, FieldError> {
+    Ok(opt_xattrs(fields)?.unwrap_or_default())
+}
+
+fn opt_xattrs(fields: &Fields<'_>) -> Result<Option<XattrList>, FieldError> {
+    let wrong = FieldError::WrongType {
+        key: "xattrs",
+        expected: "array of at most 256 [name, value], 65536 bytes in all, names of 1 to 255 bytes",
+    };
+    let Some(mut pairs) = fields.opt_array("xattrs")? else {
+        return Ok(None);
+    };
+    if pairs.remaining() > XATTRS {
+        return Err(wrong);
+    }
+    let mut list = Vec::with_capacity(pairs.remaining());
+    let mut bytes = 0;
+    while pairs.remaining() > 0 {
+        let mut pair = pairs.next_array()?;
+        let (name, value) = (pair.next_bin()?, pair.next_bin()?);
+        pair.finish()?;
+        bytes += name.len() + value.len();
+        if bytes > XATTR_BYTES {
+            return Err(wrong);
+        }
+        list.push(Xattr {
+            name: name.into(),
+            value: value.into(),
+        });
+    }
+    XattrList::new(list).map(Some).map_err(|_| wrong)
+}
+
+/// Reads which extended attributes are asked for: none where that is missing, and none of a kind that is not known here.
+fn which(fields: &Fields<'_>) -> Result<Xattrs, FieldError> {
+    let word = fields.opt_str("xattrs")?;
+    Ok(word.and_then(Xattrs::from_word).unwrap_or_default())
 }
 
 /// Reads `dirs`: at most as many as a path has directories. A missing list is empty.
@@ -457,6 +505,7 @@ fn put(message: &Message) -> Result<Request, BadMessage> {
             dirs: dirs(fields)?,
             run: run(fields)?,
             base: None,
+            xattrs: xattrs(fields)?,
             short: false,
         };
         let hash = hash("hash", fields.bin("hash")?)?;
@@ -494,6 +543,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             dirs: dirs(fields)?,
             run: run(fields)?,
             base: names::opt_field(fields, "base")?.filter(|_| !short),
+            xattrs: xattrs(fields)?,
             short,
         };
         let mixed = short && ["id", "path"].iter().any(|key| fields.raw(key).is_some());
@@ -662,6 +712,8 @@ pub enum Reply {
         sync: Option<Synced>,
         /// Its modification time, if that is not the requested one.
         mtime: Option<i64>,
+        /// How many of its extended attributes were stored.
+        xattrs: u32,
     },
     /// A requested file begins.
     File {
@@ -673,6 +725,8 @@ pub enum Reply {
         size: u64,
         /// Modification time and permission bits.
         meta: MetaFields,
+        /// Its extended attributes, of the kind that was asked for; `None` if the server does not give them.
+        xattrs: Option<XattrList>,
     },
     /// Bytes of a requested file.
     Chunk {
@@ -734,6 +788,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
                 same: fields.opt_bool("same")?.unwrap_or(false),
                 sync: fields.opt_str("sync")?.and_then(synced),
                 mtime: fields.opt_i64("mtime")?,
+                xattrs: u32::try_from(fields.opt_u64("xattrs")?.unwrap_or(0)).unwrap_or(u32::MAX),
             })
         }),
         "file" => read("file", message, |fields| {
@@ -742,6 +797,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
                 path: names::field(fields, "path")?,
                 size: fields.u64("size")?,
                 meta: meta(fields)?,
+                xattrs: opt_xattrs(fields)?,
             })
         }),
         "chunk" => match chunk(message)? {
@@ -811,6 +867,8 @@ pub(crate) struct FileFields<'a> {
         serialize_with = "names::serialize_opt"
     )]
     pub(crate) base: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xattrs: Option<XattrFields<'a>>,
 }
 
 /// The header of a `put`; `data` follows.
@@ -829,6 +887,8 @@ pub(crate) struct PutFields<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) dirs: Vec<u32>,
     pub(crate) run: Run,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xattrs: Option<XattrFields<'a>>,
     pub(crate) hash: Hash,
 }
 
@@ -845,6 +905,8 @@ pub(crate) struct DirFields<'a> {
     pub(crate) mode: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) dirs: Vec<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xattrs: Option<XattrFields<'a>>,
 }
 
 #[derive(Serialize)]
@@ -870,6 +932,8 @@ pub(crate) struct GetFields<'a> {
     pub(crate) rate: Option<u64>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) holes: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xattrs: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -948,6 +1012,8 @@ pub(crate) struct DoneFields<'a> {
     pub(crate) sync: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mtime: Option<i64>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) xattrs: u32,
 }
 
 #[derive(Serialize)]
@@ -1000,6 +1066,24 @@ pub(crate) type Run = Bin<[u8; 16]>;
 impl<T: AsRef<[u8]>> Serialize for Bin<T> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(self.0.as_ref())
+    }
+}
+
+/// Extended attributes as an array of names and values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct XattrFields<'a>(pub(crate) &'a XattrList);
+
+impl<'a> XattrFields<'a> {
+    /// These, unless there are none.
+    pub(crate) fn some(xattrs: &'a XattrList) -> Option<Self> {
+        (xattrs.count() > 0).then_some(Self(xattrs))
+    }
+}
+
+impl Serialize for XattrFields<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let pairs = self.0.as_slice().iter();
+        serializer.collect_seq(pairs.map(|one| (Bin(&one.name), Bin(&one.value))))
     }
 }
 
@@ -1063,6 +1147,11 @@ mod tests {
 
     #[test]
     fn reads_what_it_writes() {
+        let xattrs = XattrList::new(vec![Xattr {
+            name: (*b"user.a\xff").into(),
+            value: (*b"\0").into(),
+        }])
+        .unwrap();
         let file = FileFields {
             id: 7,
             path: "a/b",
@@ -1075,6 +1164,7 @@ mod tests {
             dirs: vec![0o750, 0o755],
             run: Some(Bin([3; 16])),
             base: Some("old"),
+            xattrs: XattrFields::some(&xattrs),
         };
         assert_eq!(
             decode(&message("file", &file)).unwrap(),
@@ -1092,6 +1182,7 @@ mod tests {
                 dirs: vec![0o750, 0o755],
                 run: Some([3; 16]),
                 base: Some("old".into()),
+                xattrs: xattrs.clone(),
                 short: false,
             }))
         );
@@ -1165,6 +1256,7 @@ mod tests {
             same: true,
             sync: Some("batch"),
             mtime: Some(-1),
+            xattrs: 1,
         };
         assert_eq!(
             decode_reply(&message("done", &done)).unwrap(),
@@ -1176,6 +1268,7 @@ mod tests {
                 same: true,
                 sync: Some(Synced::Batch),
                 mtime: Some(-1),
+                xattrs: 1,
             })
         );
         assert_eq!(decode(&message("other", &())).unwrap(), None);

@@ -16,7 +16,7 @@ use raw::{RawLane, cancel, chunk, file, finish, put, with};
 use udpack_transfer::wire::{
     Copied, DirOffer, Finish, Hole, LinkOffer, MetaFields, Offer, Put, Request, Wish,
 };
-use udpack_transfer::{Action, IfExists, Lane, Refusal};
+use udpack_transfer::{Action, IfExists, Lane, Refusal, XattrList, Xattrs};
 
 // ---------------------------------------------------------------------------------------- the pure machine
 
@@ -486,6 +486,7 @@ proptest! {
                 }
                 Happens::Put { id } => Request::Put(Put {
                     offer: Offer {
+                        xattrs: XattrList::default(),
                         id,
                         path: "x".to_owned(),
                         size: Some(1),
@@ -501,6 +502,7 @@ proptest! {
                     bytes: Bytes::from_static(b"a"),
                 }),
                 Happens::Dir { id } => Request::Dir(DirOffer {
+                    xattrs: XattrList::default(),
                     id,
                     path: "x".to_owned(),
                     dirs: Vec::new(),
@@ -514,6 +516,7 @@ proptest! {
                     if_exists: IfExists::Same,
                 }),
                 Happens::Get { id } => Request::Get(Wish {
+                    xattrs: Xattrs::None,
                     id,
                     path: "x".to_owned(),
                     have: Vec::new(),
@@ -521,6 +524,7 @@ proptest! {
                     holes: true,
                 }),
                 Happens::File { id, size, short } => Request::File(Offer {
+                    xattrs: XattrList::default(),
                     id,
                     path: "x".to_owned(),
                     size,

@@ -14,7 +14,7 @@ use udpack::{Channel, Deny, Encoded, Hello, Message, Peer, RequestError};
 use udpack_transfer::wire::{self, Have, MetaFields, Reply, Request};
 use udpack_transfer::{
     CHANNEL, Code, Control, IfExists, JOBS_CHANNEL, Receiver, ReceiverConfig, STATS_CHANNEL, Scope,
-    ServerStats, Store, StoreConfig, Synced,
+    ServerStats, Store, StoreConfig, Synced, Xattr, XattrList, Xattrs,
 };
 use vectors::{Value, Vector, read_msgpack, vectors};
 
@@ -158,6 +158,12 @@ fn meta(meta: MetaFields) -> Said {
     ]
 }
 
+fn pairs(xattrs: &XattrList) -> Option<Value> {
+    let pair = |one: &Xattr| Some(Value::Array(vec![bin(&one.name)?, bin(&one.value)?]));
+    let all = xattrs.as_slice().iter();
+    (!xattrs.as_slice().is_empty()).then(|| Value::Array(all.filter_map(pair).collect()))
+}
+
 fn modes(dirs: &[u32]) -> Option<Value> {
     (!dirs.is_empty()).then(|| Value::Array(dirs.iter().filter_map(|mode| int(*mode)).collect()))
 }
@@ -179,6 +185,7 @@ fn asked(request: Request) -> Said {
                 ("run", offer.run.and_then(|run| bin(&run))),
                 ("dirs", modes(&offer.dirs)),
                 ("base", offer.base.as_deref().map(name)),
+                ("xattrs", pairs(&offer.xattrs)),
             ];
             said.extend(meta(offer.meta));
             said
@@ -190,6 +197,7 @@ fn asked(request: Request) -> Said {
                 ("if_exists", policy(put.offer.if_exists)),
                 ("run", put.offer.run.and_then(|run| bin(&run))),
                 ("dirs", modes(&put.offer.dirs)),
+                ("xattrs", pairs(&put.offer.xattrs)),
                 ("hash", bin(&put.hash)),
                 ("data", bin(&put.bytes)),
             ];
@@ -203,6 +211,7 @@ fn asked(request: Request) -> Said {
                 ("id", int(offer.id)),
                 ("path", Some(name(&offer.path))),
                 ("dirs", modes(&offer.dirs)),
+                ("xattrs", pairs(&offer.xattrs)),
             ];
             said.extend(meta(offer.meta));
             said
@@ -220,6 +229,10 @@ fn asked(request: Request) -> Said {
             ("have", ranges(&wish.have)),
             ("rate", wish.rate.and_then(int)),
             ("holes", flag(wish.holes)),
+            (
+                "xattrs",
+                (wish.xattrs != Xattrs::None).then(|| text(&wish.xattrs.to_string())),
+            ),
         ],
         Request::Chunk { id, offset, bytes } => vec![
             ("id", offset.and_then(|_| int(id))),
@@ -274,6 +287,7 @@ fn answered(reply: Reply) -> Said {
             same,
             sync,
             mtime,
+            xattrs,
         } => vec![
             ("id", int(id)),
             ("path", Some(name(&path))),
@@ -289,17 +303,23 @@ fn answered(reply: Reply) -> Said {
                 }),
             ),
             ("mtime", mtime.and_then(int)),
+            ("xattrs", int(xattrs).filter(|_| xattrs > 0)),
         ],
         Reply::File {
             id,
             path,
             size,
             meta: fields,
+            xattrs,
         } => {
             let mut said = vec![
                 ("id", int(id)),
                 ("path", Some(name(&path))),
                 ("size", int(size)),
+                (
+                    "xattrs",
+                    xattrs.map(|list| pairs(&list).unwrap_or(Value::Array(Vec::new()))),
+                ),
             ];
             said.extend(meta(fields));
             said

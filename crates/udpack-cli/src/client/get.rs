@@ -127,7 +127,12 @@ async fn get(
                 }
                 let store = match &opened {
                     Some(store) => store.clone(),
-                    None => place.open(args.transfer.if_exists.into()).await?,
+                    None => {
+                        let transfer = &args.transfer;
+                        place
+                            .open(transfer.if_exists.into(), transfer.keep.xattrs())
+                            .await?
+                    }
                 };
                 opened = Some(store.clone());
                 fetch(args, console, &link, &remote, store, roots, report).await
@@ -170,7 +175,9 @@ async fn early(
     let Some(local) = local.parse().ok().filter(|_| place.dir.is_dir()) else {
         return Ok(Early::No);
     };
-    let store = place.open(args.transfer.if_exists.into()).await?;
+    let transfer = &args.transfer;
+    let opening = place.open(transfer.if_exists.into(), transfer.keep.xattrs());
+    let store = opening.await?;
     *opened = Some(store.clone());
     let size = None;
     let wanted = Wanted {
@@ -216,6 +223,7 @@ fn downloader(args: &GetArgs, link: &Link, store: Store) -> Downloader {
     downloader
         .if_exists(transfer.if_exists.into())
         .preserve(transfer.preserve)
+        .xattrs(transfer.keep.xattrs())
         .delta(args.delta.into())
 }
 

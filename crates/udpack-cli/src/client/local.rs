@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use tokio::sync::mpsc;
 use udpack_transfer::{
     Entry, IfExists, Kind as EntryKind, Overwrite, Placed, RelPath, Store, StoreConfig, Wanted,
-    apply_entry,
+    Xattrs, apply_entry,
 };
 
 use super::report::{Note, Report, Thing};
@@ -28,7 +28,7 @@ pub(super) struct Place {
 
 impl Place {
     /// Creates the directory, and the directory in it where files are staged.
-    pub(super) async fn open(&self, if_exists: IfExists) -> anyhow::Result<Store> {
+    pub(super) async fn open(&self, if_exists: IfExists, xattrs: Xattrs) -> anyhow::Result<Store> {
         let config = StoreConfig {
             max_file: None,
             quota: None,
@@ -38,6 +38,7 @@ impl Place {
                 IfExists::Rename => Overwrite::Rename,
                 IfExists::Same | IfExists::Error | IfExists::Skip => Overwrite::Never,
             },
+            xattrs,
             shared: true,
             ..StoreConfig::default()
         };
@@ -121,7 +122,9 @@ impl Maker {
             apply_entry(&store, &made, &local, if_exists, preserve, umask)
         });
         match made.await {
-            Ok(Ok(Placed { same, other_time })) => {
+            Ok(Ok(Placed {
+                same, other_time, ..
+            })) => {
                 if let Some(time) = other_time {
                     let path = name.as_str().to_owned();
                     let note = Note::OtherTime { path, time };

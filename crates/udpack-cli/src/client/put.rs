@@ -118,6 +118,7 @@ async fn upload(
     let uploader = uploader
         .if_exists(transfer.if_exists.into())
         .preserve(transfer.preserve)
+        .xattrs(transfer.keep.xattrs())
         .delta(args.delta.into())
         .may_tear(args.changed == TornArg::Warn)
         .resume(!args.no_resume);

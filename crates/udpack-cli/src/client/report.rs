@@ -10,8 +10,8 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot, watch};
 use udpack::{Transport, TransportReason};
 use udpack_transfer::{
-    Code, Download, Event, FetchError, Fetched, Left, Link, LinkEvent, LinkEvents, OtherTime,
-    Outcome, PathProgress, Progress, TransferError, Upload, Wanted,
+    Code, Download, Event, FetchError, Fetched, Left, Link, LinkEvent, LinkEvents, LostXattrs,
+    OtherTime, Outcome, PathProgress, Progress, TransferError, Upload, Wanted,
 };
 
 use super::failures::Failures;
@@ -247,6 +247,8 @@ pub(super) struct Report {
     mirror: Option<Mirrored>,
     /// Files that failed before the transfer, which does not know them.
     never_begun: usize,
+    /// That extended attributes were lost has been told.
+    lost_xattrs: bool,
     last_progress: Option<Instant>,
     /// Progress that was not written because it came too soon after the last one.
     progress_waits: bool,
@@ -296,6 +298,7 @@ impl Report {
             mapped: 0,
             mirror: None,
             never_begun: 0,
+            lost_xattrs: false,
             last_progress: None,
             progress_waits: false,
             told: false,
@@ -864,6 +867,7 @@ impl Report {
     fn done(&mut self, origin: &Origin, outcome: &Outcome) {
         if origin.what != Thing::File {
             self.made(&outcome.path, &origin.shown, origin.what, outcome.same);
+            self.lost_xattrs(&outcome.path, outcome.lost_xattrs);
             return self.other_time(&outcome.path, outcome.other_time);
         }
         self.failures.tell();
@@ -923,6 +927,7 @@ impl Report {
             ));
         }
         self.other_time(&outcome.path, outcome.other_time);
+        self.lost_xattrs(&outcome.path, outcome.lost_xattrs);
         if outcome.torn {
             self.torn(&origin.shown);
         }
@@ -958,6 +963,35 @@ impl Report {
                 "warning: {path}: modified {asked}, stored with {got}: the file system there cannot hold the time"
             ));
         }
+    }
+
+    /// Warns, once in a run, that extended attributes are missing; as JSON of each file.
+    fn lost_xattrs(&mut self, path: &str, lost: LostXattrs) {
+        let (lost, text) = match lost {
+            LostXattrs::Some(lost) => {
+                let of = match lost {
+                    1 => "1 extended attribute is".to_owned(),
+                    lost => format!("{lost} extended attributes are"),
+                };
+                let why =
+                    "the receiver takes none of this kind, or its file system does not hold them";
+                (Some(lost), format!("{of} not stored: {why}"))
+            }
+            LostXattrs::Withheld => {
+                let text =
+                    "the server gives no extended attributes of this kind (udpack-server --xattrs)";
+                (None, text.to_owned())
+            }
+            _ => return,
+        };
+        tracing::debug!(path, ?lost, "extended attributes are missing");
+        self.json(&Line::Xattrs { path, lost });
+        if std::mem::replace(&mut self.lost_xattrs, true) || self.json {
+            return;
+        }
+        let path = output::printable(path);
+        let text = format!("warning: {path}: {text}; others are not told");
+        self.console.note(&text);
     }
 
     fn progress(&mut self, progress: &Progress, meter: &Meter) {

@@ -204,7 +204,7 @@ async fn sync(
         .run_link(tries, interrupts, async |link| {
             let comparing = Comparing::start(args, &Remote::new(&link), &way).await?;
             if !way.up {
-                opened = Some(place.open(IfExists::Overwrite).await?);
+                opened = Some(place.open(IfExists::Overwrite, args.keep.xattrs()).await?);
             }
             let mirror = Mirror {
                 args,
@@ -541,7 +541,8 @@ impl Mirror<'_> {
                 let downloader = downloader
                     .if_exists(IfExists::Overwrite)
                     .delta(self.args.delta.into())
-                    .preserve(true);
+                    .preserve(true)
+                    .xattrs(self.args.keep.xattrs());
                 let transfer = Transfer::Down(downloader.get(origins.of_downloads(listed)));
                 let beside = Some(Beside {
                     notes: told,
@@ -559,6 +560,7 @@ impl Mirror<'_> {
             .delta(self.args.delta.into())
             .may_tear(self.args.changed == ChangedArg::Warn)
             .preserve(true)
+            .xattrs(self.args.keep.xattrs())
     }
 
     /// The sources to send, step by step.

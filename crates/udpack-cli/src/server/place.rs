@@ -37,6 +37,7 @@ impl Place {
             overwrite: args.overwrite.into(),
             expire: args.expire.0,
             sync: args.fsync.into(),
+            xattrs: args.xattrs.into(),
             #[cfg(feature = "store")]
             changes: args.push.is_some(),
             ..StoreConfig::default()

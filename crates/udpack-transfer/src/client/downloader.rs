@@ -17,7 +17,7 @@ use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::base::sums::Sums;
 use crate::client::link::Link;
-use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
+use crate::client::progress::{Event, Feed, LostXattrs, Outcome, Progress, Totals, Watch};
 use crate::client::queue::SMALL;
 use crate::client::remote::Remote;
 use crate::client::uploader::{Delta, no_delta};
@@ -28,6 +28,7 @@ use crate::staging::publisher::Staging;
 use crate::staging::target::Target;
 use crate::store::{
     Entry, IfExists, Kind, Meta, OtherTime, Placed, Published, Store, StoreError, Synced,
+    XattrList, Xattrs,
 };
 use incoming::{Arriving, End, Ended, Note};
 pub(crate) use lane::{ACK, BREAKS, HASHED, SILENCE};
@@ -48,6 +49,7 @@ pub struct Downloader {
     preserve: bool,
     umask: Option<u32>,
     delta: Delta,
+    xattrs: Xattrs,
     limit: Limiter,
 }
 
@@ -76,6 +78,7 @@ impl Downloader {
             preserve: false,
             umask: None,
             delta: Delta::default(),
+            xattrs: Xattrs::None,
             limit: Limiter::unlimited(),
         }
     }
@@ -110,6 +113,15 @@ impl Downloader {
     /// files above 256 KiB. Where the server lists no chunks, all is sent. Defaults to [`Delta::Auto`].
     pub fn delta(mut self, delta: Delta) -> Self {
         self.delta = delta;
+        self
+    }
+
+    /// Asks for these extended attributes of files, and gives them to the stored ones as far as
+    /// [`StoreConfig::xattrs`](crate::StoreConfig::xattrs) takes them and the file system holds them:
+    /// [`Outcome::lost_xattrs`](crate::Outcome::lost_xattrs) tells what is missing. A file that is there already keeps its own.
+    /// Defaults to none.
+    pub fn xattrs(mut self, xattrs: Xattrs) -> Self {
+        self.xattrs = xattrs;
         self
     }
 
@@ -148,6 +160,7 @@ impl Downloader {
             if_exists: self.if_exists,
             preserve: self.preserve,
             umask: self.umask,
+            xattrs: self.xattrs,
             limit: self.limit,
             queue: Queue::default(),
             room: Arc::new(Semaphore::new(AHEAD)),
@@ -239,13 +252,13 @@ pub fn apply_entry(
     let made = match (entry.kind, &entry.target) {
         (Kind::Dir, _) => {
             let new_mode = umask.map(|umask| entry.mode & 0o777 & !umask);
-            store.make_dir_with(local, meta, &[], new_mode, None)
+            store.make_dir_with(local, meta, &XattrList::default(), &[], new_mode, None)
         }
         (Kind::Link, Some(target)) => {
             let linked = store.make_link(local, target, if_exists);
             linked.map(|same| Placed {
                 same,
-                other_time: None,
+                ..Placed::default()
             })
         }
         (Kind::Link, None) => {
@@ -279,6 +292,7 @@ struct Context {
     if_exists: IfExists,
     preserve: bool,
     umask: Option<u32>,
+    xattrs: Xattrs,
     limit: Limiter,
     queue: Queue,
     /// Limits how far the iterator is read ahead; closed when the download is dropped.
@@ -385,6 +399,11 @@ impl Context {
             skipped: arrived.skipped,
             sync: arrived.sync,
             other_time: arrived.other_time,
+            lost_xattrs: match job.xattrs {
+                _ if arrived.same || arrived.skipped => LostXattrs::None,
+                Some(told) => LostXattrs::of(told, arrived.xattrs),
+                None => LostXattrs::Withheld,
+            },
             elapsed: job
                 .since
                 .map_or_else(Default::default, |since| since.elapsed()),
@@ -412,6 +431,7 @@ struct Arrived {
     skipped: bool,
     sync: Option<Synced>,
     other_time: Option<OtherTime>,
+    xattrs: u32,
 }
 
 impl From<Published> for Arrived {
@@ -424,6 +444,7 @@ impl From<Published> for Arrived {
             skipped: false,
             sync: Some(published.sync),
             other_time: published.other_time,
+            xattrs: published.xattrs,
         }
     }
 }
@@ -442,6 +463,8 @@ struct Job {
     /// Bytes of holes, and bytes that the file which is replaced had.
     holes: u64,
     copied: u64,
+    /// How many extended attributes it came with; `None` if the server withholds those that were asked for.
+    xattrs: Option<u32>,
     since: Option<Instant>,
     started: bool,
     /// Whether this is the second attempt, because the first one's bytes did not match the server's hash.
@@ -576,6 +599,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
                 resumed: 0,
                 holes: 0,
                 copied: 0,
+                xattrs: Some(0),
                 since: None,
                 started: false,
                 again: false,

@@ -18,7 +18,7 @@ use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::client::downloader::{ACK, BREAKS, HASHED, SILENCE};
 use crate::client::link::{Link, Loss};
-use crate::client::progress::{Outcome, Progress};
+use crate::client::progress::{LostXattrs, Outcome, Progress};
 use crate::client::uploader::lane_end;
 use crate::local::error::TransferError;
 use crate::local::limiter::Limiter;
@@ -71,6 +71,7 @@ impl From<Fetched> for Outcome {
             skipped: false,
             sync: None,
             other_time: None,
+            lost_xattrs: LostXattrs::None,
             elapsed: fetched.elapsed,
         }
     }
@@ -233,6 +234,7 @@ impl<W: AsyncWrite + Unpin + ?Sized> Arriving<'_, W> {
             have: wire::ranges(&have),
             rate: self.fetch.limit.rate(),
             holes: false,
+            xattrs: None,
         };
         let lost = || TransferError::Closed(lane_end(channel, socket));
         if channel.send("get", &wish).await.is_err() {

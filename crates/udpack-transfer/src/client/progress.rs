@@ -148,8 +148,33 @@ pub struct Outcome {
     pub sync: Option<Synced>,
     /// Its modification time, if the file system cannot store the intended one. A loss of nanoseconds is not reported.
     pub other_time: Option<OtherTime>,
+    /// Which of its extended attributes the receiver does not have: nothing of a file that was there already.
+    pub lost_xattrs: LostXattrs,
     /// From the first offer to `done`.
     pub elapsed: Duration,
+}
+
+/// Extended attributes that were to be copied and were not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LostXattrs {
+    /// All were.
+    #[default]
+    None,
+    /// So many were not stored: the receiver takes none of their kind, or its file system does not hold them.
+    Some(u32),
+    /// The server does not give those that were asked for. It is not known whether the file has any.
+    Withheld,
+}
+
+impl LostXattrs {
+    /// Of so many so few were stored.
+    pub(crate) fn of(all: u32, stored: u32) -> Self {
+        match all.saturating_sub(stored) {
+            0 => Self::None,
+            lost => Self::Some(lost),
+        }
+    }
 }
 
 /// The progress of one file that has begun and has no outcome yet.

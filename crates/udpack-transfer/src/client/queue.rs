@@ -53,6 +53,8 @@ pub(crate) struct Item {
     pub(crate) told: Option<(u64, [u8; 32])>,
     /// The modification time that was last sent to the server.
     pub(crate) mtime: Option<Time>,
+    /// How many extended attributes were sent with it.
+    pub(crate) xattrs: u32,
     /// Set when its lane was lost: the server may have stored it.
     pub(crate) unsure: bool,
     /// Set when it is offered again to find out whether the stored file is this one.
@@ -78,6 +80,7 @@ impl Item {
             since: None,
             told: None,
             mtime: None,
+            xattrs: 0,
             unsure: false,
             settle: false,
             based: false,
@@ -99,7 +102,7 @@ impl Item {
         matches!(self.source.origin, Origin::File(_) | Origin::Memory(_)) && self.size <= SMALL
     }
 
-    fn is_dir(&self) -> bool {
+    pub(crate) fn is_dir(&self) -> bool {
         matches!(self.source.origin, Origin::Dir(_))
     }
 

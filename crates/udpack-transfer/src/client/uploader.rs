@@ -16,18 +16,18 @@ use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::base::sums::Sums;
 use crate::client::link::Link;
-use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
+use crate::client::progress::{Event, Feed, LostXattrs, Outcome, Progress, Totals, Watch};
 use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::client::remote::{Others, Remote};
 use crate::local::base::Base;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
 use crate::local::source::{self, Buffers, Known, Opened, Origin, Piece, Source, Whole};
-use crate::store::{IfExists, Meta, OtherTime, Time};
+use crate::store::{IfExists, Meta, OtherTime, Time, XattrList, Xattrs};
 use crate::wire::CHANNEL;
 use crate::wire::{
     self, AckFields, Bin, CancelFields, ChunkFields, CopyFields, DirFields, FileFields,
-    FinishFields, Have, HoleFields, LinkFields, MetaFields, PutFields, Reply, Run,
+    FinishFields, Have, HoleFields, LinkFields, MetaFields, PutFields, Reply, Run, XattrFields,
 };
 
 /// Files of one lane that may wait for their `done`.
@@ -51,6 +51,8 @@ const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// A file that the server failed to store is sent again this many times. The first pause is this long.
 const TRIES: u32 = 3;
 const TRY_PAUSE: Duration = Duration::from_millis(500);
+/// What a message has besides a file's bytes and its attributes: paths and permissions above all.
+const HEADER: usize = 16 << 10;
 /// From this round-trip time on, a file is compared with what the other side has of it.
 const FAR: Duration = Duration::from_millis(2);
 /// Below the first rate comparing pays on any path, and above the second on none, in bytes a second.
@@ -73,6 +75,7 @@ pub struct Uploader {
     resume: bool,
     delta: Delta,
     may_tear: bool,
+    xattrs: Xattrs,
     limiter: Limiter,
 }
 
@@ -155,6 +158,7 @@ impl Uploader {
             resume: true,
             delta: Delta::default(),
             may_tear: false,
+            xattrs: Xattrs::None,
             limiter: Limiter::unlimited(),
         }
     }
@@ -206,6 +210,14 @@ impl Uploader {
     /// same. Defaults to no.
     pub fn may_tear(mut self, may_tear: bool) -> Self {
         self.may_tear = may_tear;
+        self
+    }
+
+    /// Sends these extended attributes of files and directories along. The server stores those that it takes and that its
+    /// file system holds: [`Outcome::lost_xattrs`](crate::Outcome::lost_xattrs) tells what is missing. A file with more than
+    /// 256, or with more than 64 KiB of them, fails. A file that is there already keeps its own. Defaults to none.
+    pub fn xattrs(mut self, xattrs: Xattrs) -> Self {
+        self.xattrs = xattrs;
         self
     }
 
@@ -745,9 +757,10 @@ struct Loaded {
 }
 
 /// Reads small files; blocks.
-fn load(claims: Vec<Claim>, buffers: &Buffers) -> Vec<Loaded> {
+fn load(claims: Vec<Claim>, which: Xattrs, buffers: &Buffers) -> Vec<Loaded> {
     let most = usize::try_from(SMALL).unwrap_or(usize::MAX);
-    let read = source::read_small(claims.iter().map(|claim| &claim.source), most, buffers);
+    let sources = claims.iter().map(|claim| &claim.source);
+    let read = source::read_small(sources, most, which, buffers);
     claims
         .into_iter()
         .zip(read)
@@ -755,13 +768,26 @@ fn load(claims: Vec<Claim>, buffers: &Buffers) -> Vec<Loaded> {
         .collect()
 }
 
-/// Opens a source and reads up to `early` bytes of it.
-async fn open(source: Source, early: usize) -> Result<(Opened, Bytes), TransferError> {
-    let opened = tokio::task::spawn_blocking(move || {
+/// Opens a source and reads its extended attributes, and up to `early` bytes of it.
+async fn open(
+    source: Source,
+    early: usize,
+    which: Xattrs,
+) -> Result<(Opened, XattrList, Bytes), TransferError> {
+    blocking(move || {
         let mut opened = source.open()?;
-        opened.head(early).map(|head| (opened, head))
-    });
-    opened.await.unwrap_or_else(|_| Err(reader_failed()))
+        let xattrs = opened.own_xattrs(which)?;
+        opened.head(early).map(|head| (opened, xattrs, head))
+    })
+    .await
+}
+
+/// Reads on a thread that may block.
+async fn blocking<T: Send + 'static>(
+    read: impl FnOnce() -> Result<T, TransferError> + Send + 'static,
+) -> Result<T, TransferError> {
+    let read = tokio::task::spawn_blocking(read);
+    read.await.unwrap_or_else(|_| Err(reader_failed()))
 }
 
 fn reader_failed() -> TransferError {
@@ -861,7 +887,8 @@ impl Lane<'_> {
             // The next batch is read while this one is being sent.
             let start = |batch| {
                 let buffers = self.shared.buffers.clone();
-                tokio::task::spawn_blocking(move || load(batch, &buffers))
+                let which = self.shared.uploader.xattrs;
+                tokio::task::spawn_blocking(move || load(batch, which, &buffers))
             };
             let mut reading = Some(start(batch));
             while let Some(read) = reading.take() {
@@ -882,8 +909,18 @@ impl Lane<'_> {
         file: Loaded,
     ) -> Result<(), LaneOver> {
         let Loaded { mut claim, read } = file;
-        let (meta, bytes, hash) = match read {
-            Ok(Some(Whole { meta, bytes, hash })) => (meta, bytes, hash),
+        let read = read.and_then(|whole| {
+            let xattrs = whole.as_ref().map(|whole| &whole.xattrs);
+            self.check_xattrs(xattrs)?;
+            Ok(whole)
+        });
+        let Whole {
+            meta,
+            xattrs,
+            bytes,
+            hash,
+        } = match read {
+            Ok(Some(whole)) => whole,
             Ok(None) => return self.send_one(ids, claim, false).await,
             Err(error) => {
                 self.shared.failed(self.events, claim, error).await;
@@ -894,7 +931,9 @@ impl Lane<'_> {
         let size = bytes.len() as u64;
         let id = ids.next().unwrap_or_default();
         if size > 0 && !claim.plain && claim.source.base_path().is_some() && self.pays() {
-            return self.send_moved(id, claim, meta, size, hash).await;
+            return self
+                .send_moved(id, claim, meta, &xattrs, (size, hash))
+                .await;
         }
         self.shared.uploader.limiter.take(size).await;
         let source = self.start(&mut claim, Some(size)).await;
@@ -903,6 +942,7 @@ impl Lane<'_> {
         claim.sent += size;
         claim.told = Some((size, hash));
         claim.mtime = self.kept(meta).mtime;
+        claim.xattrs = xattrs.count();
         let mut sent = Sent::new(claim);
         sent.position = size;
         sent.untouched = false;
@@ -914,7 +954,7 @@ impl Lane<'_> {
             self.pace.adapt(&self.channel.stats());
             self.pace.chunk()
         };
-        if bytes.len() <= most {
+        if bytes.len() <= most && self.fits(bytes.len(), &xattrs) {
             let meta = MetaFields::from(self.kept(meta));
             let fields = PutFields {
                 id,
@@ -925,12 +965,14 @@ impl Lane<'_> {
                 if_exists: self.policy(settle),
                 dirs: self.dirs(&source),
                 run,
+                xattrs: XattrFields::some(&xattrs),
                 hash: Bin(hash),
             };
             let sent = self.channel.send_bulk("put", &fields, "data", bytes).await;
             return Ok(sent?);
         }
-        let offer = self.offer(settle, id, &source, Some(size), meta, false, run);
+        let mut offer = self.offer(settle, id, &source, Some(size), meta, false, run);
+        offer.xattrs = XattrFields::some(&xattrs);
         self.channel.send("file", &offer).await?;
         let mut rest = bytes;
         let mut off = 0;
@@ -953,13 +995,15 @@ impl Lane<'_> {
         id: u64,
         mut claim: Claim,
         meta: Meta,
-        size: u64,
-        hash: [u8; 32],
+        xattrs: &XattrList,
+        (size, hash): (u64, [u8; 32]),
     ) -> Result<(), LaneOver> {
         let source = self.start(&mut claim, Some(size)).await;
         let run = self.shared.run(claim.index);
         let mut offer = self.offer(claim.settle, id, &source, Some(size), meta, false, run);
         offer.base = source.base_path().map(RelPath::as_str);
+        offer.xattrs = XattrFields::some(xattrs);
+        claim.xattrs = xattrs.count();
         claim.based = true;
         claim.told = Some((size, hash));
         claim.mtime = self.kept(meta).mtime;
@@ -993,6 +1037,17 @@ impl Lane<'_> {
             Origin::Link(_) => Meta::default(),
             _ => return self.send_file(id, claim, few).await,
         };
+        let (dir, which) = (claim.source.clone(), self.shared.uploader.xattrs);
+        let read = blocking(move || dir.dir_xattrs(which)).await;
+        let xattrs = match read.and_then(|xattrs| self.check_xattrs(Some(&xattrs)).map(|()| xattrs))
+        {
+            Ok(xattrs) => xattrs,
+            Err(error) => {
+                self.shared.failed(self.events, claim, error).await;
+                return Ok(());
+            }
+        };
+        claim.xattrs = xattrs.count();
         let source = self.start(&mut claim, Some(0)).await;
         let path = source.remote();
         let settle = claim.settle;
@@ -1023,6 +1078,7 @@ impl Lane<'_> {
                 mtime_ns: meta.mtime_ns,
                 mode: meta.mode,
                 dirs,
+                xattrs: XattrFields::some(&xattrs),
             };
             self.channel.send("dir", &fields).await?;
         }
@@ -1057,7 +1113,10 @@ impl Lane<'_> {
             Some(_) => 0,
             None => self.shared.early(&claim, self.channel.stats().cwnd),
         };
-        let (opened, head) = match open(claim.source.clone(), early).await {
+        let which = self.shared.uploader.xattrs;
+        let opened = open(claim.source.clone(), early, which).await;
+        let opened = opened.and_then(|opened| self.check_xattrs(Some(&opened.1)).map(|()| opened));
+        let (opened, xattrs, head) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 self.shared.failed(self.events, claim, error).await;
@@ -1078,6 +1137,8 @@ impl Lane<'_> {
         let run = self.shared.run(claim.index);
         let mut offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
         offer.base = base.as_ref().map(RelPath::as_str);
+        offer.xattrs = XattrFields::some(&xattrs);
+        claim.xattrs = xattrs.count();
         let (tell, ready) = oneshot::channel();
         claim.mtime = self.kept(meta).mtime;
         let mut sent = Sent::new(claim);
@@ -1327,6 +1388,24 @@ impl Lane<'_> {
             dirs: self.dirs(source),
             run: Some(run),
             base: None,
+            xattrs: None,
+        }
+    }
+
+    /// Whether a message has room for so many bytes of a file and its attributes.
+    fn fits(self, bytes: usize, xattrs: &XattrList) -> bool {
+        let most = self.channel.frame_limit().saturating_sub(HEADER);
+        xattrs.count() == 0 || bytes.saturating_add(xattrs.wire_len()) <= most
+    }
+
+    fn check_xattrs(self, xattrs: Option<&XattrList>) -> Result<(), TransferError> {
+        match xattrs {
+            Some(xattrs) if !self.fits(0, xattrs) => Err(TransferError::Refused {
+                code: Code::TooLarge,
+                message: "its extended attributes do not fit a message to this server".to_owned(),
+                retry: false,
+            }),
+            _ => Ok(()),
         }
     }
 
@@ -1511,6 +1590,7 @@ impl Lane<'_> {
             same,
             sync,
             mtime,
+            xattrs,
         } = reply
         else {
             return;
@@ -1552,6 +1632,11 @@ impl Lane<'_> {
             skipped: there && !same,
             sync,
             other_time,
+            // A directory gets them in any case.
+            lost_xattrs: match there && !claim.is_dir() {
+                true => LostXattrs::None,
+                false => LostXattrs::of(claim.xattrs, xattrs),
+            },
             elapsed: claim.since.map_or(Duration::ZERO, |since| since.elapsed()),
         };
         claim.settle();

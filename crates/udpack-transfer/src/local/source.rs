@@ -19,7 +19,7 @@ use crate::local::base::Base;
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
 use crate::local::spool::{Compared, Next, Spool};
-use crate::store::{Existing, Meta, Stored, Time, hash_file};
+use crate::store::{Existing, Meta, Stored, Time, XattrList, Xattrs, hash_file, read_xattrs};
 use crate::wire::{CHUNK, COPY, HOLE, Have};
 
 /// Chunks read ahead of the network.
@@ -45,6 +45,8 @@ pub struct Source {
     dirs: Arc<[u32]>,
     /// The file at the server that most likely shares bytes with this one.
     base: Option<RelPath>,
+    /// Where a directory lies, for its extended attributes.
+    local: Option<Arc<Path>>,
     pub(crate) origin: Origin,
 }
 
@@ -102,6 +104,13 @@ impl Source {
         Self::new(remote.as_str(), Origin::Dir(meta))
     }
 
+    /// Names the directory of this machine that has the extended attributes of a [`dir`](Self::dir). Without it the server's
+    /// gets none.
+    pub fn local(mut self, dir: impl Into<Arc<Path>>) -> Self {
+        self.local = Some(dir.into());
+        self
+    }
+
     /// A symbolic link to `target`, which is relative and stays within the server's root.
     pub fn link(remote: RelPath, target: impl Into<String>) -> Self {
         Self::new(remote.as_str(), Origin::Link(target.into()))
@@ -118,6 +127,7 @@ impl Source {
             listed: None,
             dirs: Arc::default(),
             base: None,
+            local: None,
             origin,
         }
     }
@@ -183,6 +193,18 @@ impl Source {
             Origin::Dir(_) | Origin::Link(_) => Ok(Some(0)),
             Origin::Failed(error) => Err(error.again()),
         }
+    }
+
+    /// The extended attributes of a directory, as of now. Blocks.
+    pub(crate) fn dir_xattrs(&self, which: Xattrs) -> Result<XattrList, TransferError> {
+        let Some(path) = self.local.as_ref().filter(|_| which != Xattrs::None) else {
+            return Ok(XattrList::default());
+        };
+        let dir = File::open(path).and_then(|dir| read_xattrs(&dir, which));
+        dir.map_err(|source| TransferError::Source {
+            path: path.to_path_buf(),
+            source,
+        })
     }
 
     /// Whether its bytes are gone: it is a reader that was read from.
@@ -482,6 +504,22 @@ impl Opened {
         }
     }
 
+    /// Its extended attributes. Blocks.
+    pub(crate) fn xattrs(&self, which: Xattrs) -> io::Result<XattrList> {
+        match &self.from {
+            OpenedFrom::File { file, .. } => read_xattrs(file, which),
+            _ => Ok(XattrList::default()),
+        }
+    }
+
+    /// Its extended attributes, of a source. Blocks.
+    pub(crate) fn own_xattrs(&self, which: Xattrs) -> Result<XattrList, TransferError> {
+        self.xattrs(which).map_err(|source| TransferError::Source {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
     /// The first bytes, at most this many; none of a reader. Reading afterwards begins behind them. Blocks.
     pub(crate) fn head(&mut self, most: usize) -> Result<Bytes, TransferError> {
         let want = least(self.size.unwrap_or(0), most);
@@ -728,6 +766,7 @@ fn has_moved(file: &File, before: &Metadata) -> io::Result<bool> {
 #[derive(Debug)]
 pub(crate) struct Whole {
     pub(crate) meta: Meta,
+    pub(crate) xattrs: XattrList,
     pub(crate) bytes: Bytes,
     pub(crate) hash: [u8; 32],
 }
@@ -738,6 +777,7 @@ pub(crate) struct Whole {
 pub(crate) fn read_small<'a>(
     sources: impl Iterator<Item = &'a Source>,
     most: usize,
+    which: Xattrs,
     buffers: &Buffers,
 ) -> Vec<Result<Option<Whole>, TransferError>> {
     /// Several files in one buffer.
@@ -769,13 +809,19 @@ pub(crate) fn read_small<'a>(
             let end = pack.used + size;
             let room = pack.buffer.memory.get_mut(pack.used..end);
             let meta = opened.meta;
+            let xattrs = opened.own_xattrs(which)?;
             let Some(hash) = opened.fill(room.unwrap_or_default())? else {
                 return Ok(None);
             };
             pack.used = end;
             pack.files.push((all.len(), end));
             let bytes = Bytes::new();
-            Ok(Some(Whole { meta, bytes, hash }))
+            Ok(Some(Whole {
+                meta,
+                xattrs,
+                bytes,
+                hash,
+            }))
         });
         all.push(read);
     }
@@ -1843,7 +1889,12 @@ mod tests {
             };
             assert!(!content.is_empty());
             let source = Source::file(local, rel("x"));
-            let small = read_small([&source].into_iter(), CHUNK, &Buffers::default());
+            let small = read_small(
+                [&source].into_iter(),
+                CHUNK,
+                Xattrs::None,
+                &Buffers::default(),
+            );
             assert!(matches!(small[..], [Ok(None)]), "{local}: {small:?}");
             assert_eq!(source.open().unwrap().size, None, "{local}");
             let (sent, _, _) = run(&source, &Have::new(), 4096);
@@ -1878,7 +1929,7 @@ mod tests {
         sources.insert(5, Source::file(dir.path().join("none"), rel("x")));
         sources.push(Source::bytes(noise(9), rel("x")));
         let buffers = Buffers::default();
-        let mut read = read_small(sources.iter(), CHUNK, &buffers);
+        let mut read = read_small(sources.iter(), CHUNK, Xattrs::None, &buffers);
         assert!(matches!(read.remove(5), Err(TransferError::Source { .. })));
         assert!(matches!(read.remove(3), Ok(None)));
         assert_eq!(read.len(), lens.len() + 1);
@@ -1890,7 +1941,7 @@ mod tests {
         drop(read);
         let used = buffers.lock().len();
         assert_eq!(used, 5);
-        drop(read_small(sources.iter(), CHUNK, &buffers));
+        drop(read_small(sources.iter(), CHUNK, Xattrs::None, &buffers));
         assert_eq!(buffers.lock().len(), used, "it is used again");
     }
 }

@@ -97,7 +97,7 @@ impl From<Found> for Source {
         let source = match found.what {
             What::File { remote, size } => Self::listed(found.local, &remote, size),
             What::Dir { remote } => match fs::metadata(&found.local) {
-                Ok(metadata) => Self::dir(remote, source::meta(&metadata)),
+                Ok(metadata) => Self::dir(remote, source::meta(&metadata)).local(found.local),
                 Err(source) => {
                     let path = found.local;
                     Self::failed(remote.as_str(), TransferError::Source { path, source })

@@ -17,8 +17,10 @@ use crate::server::places;
 use crate::server::receiver::Receiver;
 use crate::server::upload::{Outcome, Outcomes};
 use crate::staging::target::TargetFile;
+use crate::store::{BadXattrs, StoreError, XattrList, Xattrs};
 use crate::wire::{
     Bin, ChunkFields, ErrorFields, FileFields, FinishFields, Have, HoleFields, MetaFields,
+    XattrFields,
 };
 
 /// How many lanes a client most likely has; the server does not know.
@@ -36,6 +38,8 @@ pub(crate) struct Wanted {
     pub(crate) have: Have,
     /// The client takes holes.
     pub(crate) holes: bool,
+    /// The extended attributes that it asks for.
+    pub(crate) xattrs: Xattrs,
     /// How fast the client takes downloads.
     pub(crate) taken: Limiter,
     pub(crate) job: Job,
@@ -147,12 +151,12 @@ async fn try_send(
     }
     allow(receiver, channel, &wanted.path).await?;
     let place = place(receiver, tenant, wanted).await?;
-    let opened = open(receiver, &wanted.path).await?;
+    let (opened, xattrs) = open(receiver, wanted).await?;
     if let Some(size) = opened.size {
         wanted.job.sized(size);
     }
     wanted.job.notes().phase(Phase::Sending);
-    announce(channel, wanted, &opened).await?;
+    announce(channel, wanted, &opened, xattrs.as_ref()).await?;
     let (limit, taken) = (&receiver.limit_out, &wanted.taken);
     let slower = if taken.chunk() < limit.chunk() {
         taken
@@ -204,12 +208,27 @@ async fn place(receiver: &Receiver, tenant: &Tenant, wanted: &Wanted) -> Result<
     Err(Failed::refused(places::TOO_MANY, text, true))
 }
 
-async fn open(receiver: &Receiver, path: &RelPath) -> Result<Opened, Failed> {
+/// Opens a file, with the extended attributes that are asked for if this server gives such ones.
+async fn open(receiver: &Receiver, wanted: &Wanted) -> Result<(Opened, Option<XattrList>), Failed> {
     let target = receiver.target().clone();
-    let (reading, path) = (target.clone(), path.clone());
-    let opening = target.run(async move { reading.read(&path).await.map(TargetFile::open) });
+    let (reading, path) = (target.clone(), wanted.path.clone());
+    let granted = target
+        .store()
+        .map_or(Xattrs::None, |store| store.config().xattrs);
+    let which = wanted.xattrs;
+    let gives = which != Xattrs::None && which <= granted;
+    let opening = target.run(async move {
+        let file: TargetFile = reading.read(&path).await?;
+        Ok::<_, StoreError>(file.open().and_then(|opened| {
+            let xattrs = gives.then(|| opened.xattrs(which)).transpose()?;
+            Ok((opened, xattrs))
+        }))
+    });
     match opening.await {
         Ok(Some(Ok(Ok(opened)))) => Ok(opened),
+        Ok(Some(Ok(Err(error)))) if BadXattrs::caused(&error) => {
+            Err(Failed::refused(Code::TooLarge, error.to_string(), false))
+        }
         Ok(Some(Err(error))) => {
             let (code, retry) = (error.refusal(), error.retry());
             Err(Failed::refused(code, error.to_string(), retry))
@@ -219,7 +238,12 @@ async fn open(receiver: &Receiver, path: &RelPath) -> Result<Opened, Failed> {
 }
 
 /// Says what comes.
-async fn announce(channel: &Channel, wanted: &Wanted, opened: &Opened) -> Result<(), SendError> {
+async fn announce(
+    channel: &Channel,
+    wanted: &Wanted,
+    opened: &Opened,
+    xattrs: Option<&XattrList>,
+) -> Result<(), SendError> {
     let meta = MetaFields::from(opened.meta);
     let fields = FileFields {
         id: wanted.id,
@@ -233,6 +257,7 @@ async fn announce(channel: &Channel, wanted: &Wanted, opened: &Opened) -> Result
         dirs: Vec::new(),
         run: None,
         base: None,
+        xattrs: xattrs.map(XattrFields),
     };
     channel.send("file", &fields).await
 }

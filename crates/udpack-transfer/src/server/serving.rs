@@ -616,6 +616,7 @@ impl<'a> Serving<'a> {
             let new = NewDir {
                 path: &path,
                 meta: offer.meta.into(),
+                xattrs: &offer.xattrs,
                 dirs: &offer.dirs,
                 tenant: tenant.as_ref(),
             };
@@ -674,15 +675,16 @@ impl<'a> Serving<'a> {
         let make = move |place: Place| async move {
             let _place = place;
             let _ = outcomes.send(match make.await {
-                Ok((path, Placed { same, other_time })) => Outcome::Done {
+                Ok((path, placed)) => Outcome::Done {
                     id,
                     published: Published {
                         path: path.as_str().to_owned(),
                         size: 0,
                         hash: *blake3::hash(b"").as_bytes(),
-                        same,
+                        same: placed.same,
                         sync: Synced::File,
-                        other_time,
+                        other_time: placed.other_time,
+                        xattrs: placed.xattrs,
                     },
                 },
                 Err(error) => Outcome::failed(id, &error),
@@ -741,6 +743,7 @@ impl<'a> Serving<'a> {
             shown: wish.path,
             have: wish.have,
             holes: wish.holes,
+            xattrs: wish.xattrs,
             taken: self.taken(wish.rate),
             job,
             unwanted,
@@ -809,6 +812,7 @@ impl<'a> Serving<'a> {
                     same: published.same,
                     sync: Some(wire::sync_word(published.sync)),
                     mtime: published.other_time.map(|time| time.got.secs),
+                    xattrs: published.xattrs,
                 };
                 self.channel.send("done", &fields).await
             }

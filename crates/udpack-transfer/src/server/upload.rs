@@ -161,6 +161,7 @@ impl Uploads {
             peer: task.owner,
             size: offer.size,
             meta: offer.meta.into(),
+            xattrs: offer.xattrs,
             if_exists: offer.if_exists,
             resume: offer.resume,
             tenant: task.tenant,

@@ -288,6 +288,7 @@ mod tests {
             same: false,
             sync: Synced::File,
             other_time: None,
+            xattrs: 0,
         };
         let key = |n: u64| UploadKey::new("peer", &n.to_string()).in_run(&[0; 16]);
         for n in 0..=OUTCOMES as u64 {

@@ -25,7 +25,9 @@ use crate::base::path::RelPath;
 use crate::base::phase::Phase;
 use crate::base::sums::{Cutting, Sums};
 use crate::base::zeros;
-use crate::store::{Expected, IfExists, Meta, NewUpload, Published, StoreError, Synced, Tenant};
+use crate::store::{
+    Expected, IfExists, Meta, NewUpload, Published, StoreError, Synced, Tenant, XattrList,
+};
 use crate::wire::{Copied, Have, Hole, RANGES};
 
 /// Chunks of one file that may wait for the disk.
@@ -47,8 +49,9 @@ pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
     /// Called when what is being done with the file changes.
     fn phase(&self, _phase: Phase) {}
 
-    /// Called when the sender has told the size of the file: for downloads only.
-    fn opened(&mut self, _size: u64) {}
+    /// Called when the sender has told the size of the file, and how many extended attributes it has, if it tells: for
+    /// downloads only.
+    fn opened(&mut self, _size: u64, _xattrs: Option<u32>) {}
 
     /// Called with the bytes that need not be sent, if the file can be resumed or is a download. `base`: the size of
     /// the plan's base, if that could be opened.
@@ -95,6 +98,7 @@ pub(crate) struct Plan {
     /// Its size in bytes, if known.
     pub(crate) size: Option<u64>,
     pub(crate) meta: Meta,
+    pub(crate) xattrs: XattrList,
     pub(crate) if_exists: IfExists,
     /// Whether an interrupted file is kept, and a kept one is continued.
     pub(crate) resume: bool,
@@ -183,6 +187,7 @@ enum Step {
     Open {
         size: u64,
         meta: Meta,
+        xattrs: Option<XattrList>,
         resume: bool,
     },
     Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
@@ -236,9 +241,23 @@ impl<R: Recipient> Incoming<R> {
         incoming
     }
 
-    /// Tells the size that the sender gives the file, and whether a file of that size is kept when it is interrupted.
-    pub(crate) fn open(&self, size: u64, meta: Meta, resume: bool, gathered: &mut Gathered<R>) {
-        self.push(Step::Open { size, meta, resume }, gathered);
+    /// Tells the size and the metadata that the sender gives the file, and whether a file of that size is kept when it is
+    /// interrupted.
+    pub(crate) fn open(
+        &self,
+        size: u64,
+        meta: Meta,
+        xattrs: Option<XattrList>,
+        resume: bool,
+        gathered: &mut Gathered<R>,
+    ) {
+        let open = Step::Open {
+            size,
+            meta,
+            xattrs,
+            resume,
+        };
+        self.push(open, gathered);
     }
 
     /// A chunk needs a permit of this semaphore before it is passed to [`write`](Self::write).
@@ -534,7 +553,18 @@ impl<R: Recipient> Worker<R> {
         let done = match step {
             Step::First(First::Look(_place)) => self.begin(shared, false).await,
             Step::First(First::Whole(whole)) => self.whole(whole, shared).await,
-            Step::Open { size, meta, resume } => self.open(size, meta, resume, shared).await,
+            Step::Open {
+                size,
+                meta,
+                xattrs,
+                resume,
+            } => {
+                if let Some(recipient) = &mut self.recipient {
+                    recipient.opened(size, xattrs.as_ref().map(XattrList::count));
+                }
+                (self.plan.meta, self.plan.xattrs) = (meta, xattrs.unwrap_or_default());
+                self.open(size, resume, shared).await
+            }
             Step::Chunk(offset, bytes, _room) => {
                 self.chunk(offset, Content::Sent(bytes), shared).await
             }
@@ -827,14 +857,10 @@ impl<R: Recipient> Worker<R> {
     async fn open(
         &mut self,
         size: u64,
-        meta: Meta,
         resume: bool,
         shared: &Shared<R>,
     ) -> Result<(), StoreError> {
-        if let Some(recipient) = &mut self.recipient {
-            recipient.opened(size);
-        }
-        (self.opened, self.plan.meta) = (Some(size), meta);
+        self.opened = Some(size);
         let expected = self.plan.size.replace(size);
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Comparing(comparing) if comparing.with.len() != size => {
@@ -918,7 +944,8 @@ impl<R: Recipient> Worker<R> {
                 recipient.phase(Phase::Syncing);
             }
         };
-        let complete = upload.finish(expected, &mut syncing).await?;
+        let xattrs = std::mem::take(&mut self.plan.xattrs);
+        let complete = upload.finish(expected, &xattrs, &mut syncing).await?;
         if let Some(recipient) = self.recipient.take() {
             let skipped = size.saturating_sub(position);
             recipient
@@ -1014,6 +1041,7 @@ impl<R: Recipient> Worker<R> {
             same,
             sync: Synced::File,
             other_time: None,
+            xattrs: 0,
         });
     }
 
@@ -1094,6 +1122,7 @@ mod tests {
             peer: "peer".into(),
             size: Some(300_000),
             meta: Meta::default(),
+            xattrs: XattrList::default(),
             if_exists: IfExists::Error,
             resume: true,
             tenant: None,
@@ -1195,6 +1224,7 @@ mod tests {
             peer: "peer".into(),
             size: Some(size as u64),
             meta: Meta::default(),
+            xattrs: XattrList::default(),
             if_exists: IfExists::Error,
             resume,
             tenant: None,

@@ -21,7 +21,7 @@ use crate::store::sink::Boxed;
 use crate::store::{
     Abilities, Begin, Begun, Complete, Durable, Entry, Existing, Expected, List, NewDir, NewFile,
     NewLink, NewUpload, Page, Partial, Placed, Published, Range, Removed, Sink, Store, StoreError,
-    Stored,
+    Stored, XattrList,
 };
 
 /// Where files go. A handle.
@@ -271,16 +271,18 @@ impl TargetUpload {
         }
     }
 
-    /// All bytes have arrived. `syncing` is called when their hash is right and they go to disk.
+    /// All bytes have arrived. `syncing` is called when their hash is right and they go to disk. A sink stores no extended
+    /// attributes.
     pub(crate) async fn finish(
         self,
         expected: Expected,
+        xattrs: &XattrList,
         syncing: &mut (dyn FnMut() + Send),
     ) -> Result<TargetWhole, StoreError> {
         match self {
             Self::Disk(partial) => {
                 let Expected { size, hash, meta } = expected;
-                let complete = partial.complete_telling(hash, size, meta, syncing)?;
+                let complete = partial.complete_telling(hash, size, meta, xattrs, syncing)?;
                 Ok(TargetWhole::Disk(complete))
             }
             Self::Sink(upload) => upload.upload.finish(expected).await.map(TargetWhole::Sink),

@@ -9,11 +9,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::Mode;
 
+use super::attributes;
 use super::disk::{self, FILE_MODE, PART};
 use super::journal::{self, Head, Journal, Key, REWRITE_FROM, merged};
 use super::publish::{Complete, Synced, Whole};
 use super::{
     IfExists, Inner, Meta, NewFile, OtherTime, Reservation, Store, StoreError, SyncPolicy,
+    XattrList, Xattrs,
 };
 use crate::base::path::RelPath;
 use crate::base::zeros;
@@ -663,15 +665,17 @@ impl Partial {
         size: Option<u64>,
         meta: Meta,
     ) -> Result<Complete, StoreError> {
-        self.complete_telling(hash, size, meta, &mut || {})
+        self.complete_telling(hash, size, meta, &XattrList::default(), &mut || {})
     }
 
-    /// As [`complete`](Self::complete); `syncing` is called before the bytes of a large file are synced.
+    /// As [`complete`](Self::complete), with extended attributes; `syncing` is called before the bytes of a large file are
+    /// synced.
     pub(crate) fn complete_telling(
         mut self,
         hash: Option<[u8; 32]>,
         size: Option<u64>,
         meta: Meta,
+        xattrs: &XattrList,
         syncing: &mut dyn FnMut(),
     ) -> Result<Complete, StoreError> {
         self.check()?;
@@ -699,6 +703,7 @@ impl Partial {
                 .set_len(self.position)
                 .map_err(|e| self.fail("cut a file", e))?;
         }
+        let xattrs = self.apply_xattrs(xattrs)?;
         let other_time = self.apply_meta(meta)?;
         let disk = &body.inner.disk;
         let sync = match body.inner.config.sync {
@@ -736,6 +741,7 @@ impl Partial {
             if_exists: self.if_exists,
             dirs: std::mem::take(&mut self.dirs),
             other_time,
+            xattrs,
             sync,
             losses: body.losses,
             staged,
@@ -767,13 +773,30 @@ impl Partial {
     /// Sets the file's time and mode. A time that the file system cannot hold is not an error; the actual time is
     /// returned.
     fn apply_meta(&mut self, meta: Meta) -> Result<Option<OtherTime>, StoreError> {
-        let mode = meta.mode.unwrap_or(FILE_MODE) & 0o777;
+        self.set_mode(meta.mode.unwrap_or(FILE_MODE) & 0o777)?;
+        let mtime = meta.mtime;
+        Ok(mtime.and_then(|time| disk::set_modified(&self.body.file, &self.body.path, time)))
+    }
+
+    /// Gives the file these attributes, as far as the store takes them and the file system holds them; says how many.
+    fn apply_xattrs(&mut self, xattrs: &XattrList) -> Result<u32, StoreError> {
+        let which = self.body.inner.config.xattrs;
+        if xattrs.count() == 0 || which == Xattrs::None {
+            return Ok(0);
+        }
+        // Only who may write a file may set attributes of users.
+        self.set_mode(self.mode | FILE_MODE)?;
+        attributes::apply(&self.body.file, xattrs, which)
+            .map_err(|e| self.fail("set an extended attribute", e))
+    }
+
+    fn set_mode(&mut self, mode: u32) -> Result<(), StoreError> {
         if mode != self.mode {
             rustix::fs::fchmod(&self.body.file, Mode::from_raw_mode(mode))
                 .map_err(|e| self.fail("set a file's mode", e.into()))?;
+            self.mode = mode;
         }
-        let mtime = meta.mtime;
-        Ok(mtime.and_then(|time| disk::set_modified(&self.body.file, &self.body.path, time)))
+        Ok(())
     }
 
     /// An error when an earlier step failed.

@@ -32,6 +32,8 @@ pub(super) struct Whole {
     pub(super) dirs: Box<[u32]>,
     /// The actual modification time, if it differs from the requested one.
     pub(super) other_time: Option<OtherTime>,
+    /// How many extended attributes it has been given.
+    pub(super) xattrs: u32,
     /// How its bytes were synced; `None` if they are not synced yet.
     pub(super) sync: Option<Synced>,
     /// The number of failed syncs of the file system before its first byte was written.
@@ -62,6 +64,8 @@ pub struct Published {
     /// Its modification time, where the file system cannot hold the second that was asked for. `None` of a file that was
     /// there already.
     pub other_time: Option<OtherTime>,
+    /// How many of the extended attributes that came with it were stored: 0 for a file that was there already.
+    pub xattrs: u32,
 }
 
 /// How a stored file's bytes were synced.
@@ -303,6 +307,7 @@ pub(super) fn publish(
                     same,
                     sync,
                     other_time: complete.other_time.filter(|_| !same),
+                    xattrs: if same { 0 } else { complete.xattrs },
                 })
             });
         if !outcome.as_ref().is_ok_and(|published| !published.same) {

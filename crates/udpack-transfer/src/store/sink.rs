@@ -22,6 +22,7 @@ use bytes::Bytes;
 use super::partial::{CHECKPOINT_BYTES, CHECKPOINT_EVERY};
 use super::{
     Entry, IfExists, List, Meta, Page, Placed, Published, Range, Removed, StoreError, Tenant,
+    XattrList,
 };
 use crate::base::path::RelPath;
 
@@ -314,6 +315,8 @@ pub struct NewDir<'a> {
     pub path: &'a RelPath,
     /// What it shall have, also when it is there.
     pub meta: Meta,
+    /// Its extended attributes. A sink that stores none says so by [`Placed::xattrs`].
+    pub xattrs: &'a XattrList,
     /// Permissions for those that must be made, the last for the directory itself.
     pub dirs: &'a [u32],
     /// The client's own quota.

@@ -102,6 +102,7 @@ fn publishes_the_bytes_under_the_name() {
                     _ => Synced::Batch,
                 },
                 other_time: None,
+                xattrs: 0,
             }
         );
         assert_eq!(fs::read(dir.path().join(name)).unwrap(), bytes);

@@ -19,6 +19,7 @@ use super::disk::{self, PRIVATE};
 use super::quota::{LEAST, charge};
 use super::{
     Existing, IfExists, Inner, Meta, NewDir, NewLink, OtherTime, Store, StoreError, Tenant, Time,
+    XattrList, attributes,
 };
 use crate::base::names;
 use crate::base::path::{PathRule, RelPath};
@@ -87,6 +88,8 @@ pub struct Placed {
     pub same: bool,
     /// Its actual modification time, if the file system cannot hold the requested second.
     pub other_time: Option<OtherTime>,
+    /// How many of the extended attributes that came with a directory were stored.
+    pub xattrs: u32,
 }
 
 /// The number of removed entries.
@@ -241,15 +244,16 @@ impl Store {
         meta: Meta,
         tenant: Option<&Tenant>,
     ) -> Result<Placed, StoreError> {
-        self.make_dir_with(path, meta, &[], None, tenant)
+        self.make_dir_with(path, meta, &XattrList::default(), &[], None, tenant)
     }
 
     /// As [`make_dir`](Self::make_dir), with modes for the directories above that must be made, as in
-    /// [`NewFile::dirs`](super::NewFile::dirs), and one for the directory if it was not there.
+    /// [`NewFile::dirs`](super::NewFile::dirs), and one for the directory if it was not there, and with extended attributes.
     pub(crate) fn make_dir_with(
         &self,
         path: &RelPath,
         meta: Meta,
+        xattrs: &XattrList,
         dirs: &[u32],
         new_mode: Option<u32>,
         tenant: Option<&Tenant>,
@@ -282,6 +286,8 @@ impl Store {
             mode: meta.mode.or(new_mode),
             ..meta
         };
+        let xattrs = attributes::apply(&dir, xattrs, inner.config.xattrs)
+            .map_err(failed("set an extended attribute"))?;
         let other_time = set_meta(&dir, path, meta);
         for dir in [&dir, &parent] {
             disk::sync_dir(dir).map_err(failed("sync a directory"))?;
@@ -289,6 +295,7 @@ impl Store {
         Ok(Placed {
             same: !made,
             other_time,
+            xattrs,
         })
     }
 
@@ -298,7 +305,7 @@ impl Store {
             Some((own, above)) => (Some(*own), above),
             None => (None, new.dirs),
         };
-        self.make_dir_with(new.path, new.meta, above, own, new.tenant)
+        self.make_dir_with(new.path, new.meta, new.xattrs, above, own, new.tenant)
     }
 
     /// As [`make_link`](Self::make_link), for a [`Sink`](super::Sink).
@@ -313,6 +320,7 @@ impl Store {
         Ok(Placed {
             same: self.make_link_for(path, target, if_exists, dirs, tenant)?,
             other_time: None,
+            xattrs: 0,
         })
     }
 

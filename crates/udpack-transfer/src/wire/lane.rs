@@ -376,7 +376,7 @@ fn refuse(id: u64, code: Code, message: String) -> Action {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::IfExists;
+    use crate::store::{IfExists, XattrList, Xattrs};
     use crate::wire::{MetaFields, Put};
     use bytes::Bytes;
 
@@ -391,6 +391,7 @@ mod tests {
             dirs: Vec::new(),
             run: None,
             base: None,
+            xattrs: XattrList::default(),
             short: false,
         })
     }
@@ -563,6 +564,7 @@ mod tests {
                 path: "d".into(),
                 dirs: Vec::new(),
                 meta: MetaFields::default(),
+                xattrs: XattrList::default(),
             })
         };
         let get = |id| {
@@ -572,6 +574,7 @@ mod tests {
                 have: Have::new(),
                 rate: None,
                 holes: false,
+                xattrs: Xattrs::None,
             })
         };
         let cancel = |id| Request::Cancel { id, keep: false };
@@ -726,6 +729,7 @@ mod tests {
                 dirs: Vec::new(),
                 run: None,
                 base: None,
+                xattrs: XattrList::default(),
                 short: true,
             })
         };

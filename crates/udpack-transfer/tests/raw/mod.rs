@@ -413,6 +413,7 @@ impl RawLane {
                 path,
                 size,
                 meta,
+                ..
             } => Heard {
                 line: format!("file {id} {path} {size}"),
                 meta,

@@ -15,7 +15,7 @@ use crate::local::error::TransferError;
 use crate::staging::file::{First, Gathered, Incoming, Plan, Recipient};
 use crate::staging::publisher::Staging;
 use crate::staging::target::TargetWhole;
-use crate::store::{Meta, Published, StoreError};
+use crate::store::{Meta, Published, StoreError, XattrList};
 use crate::wire::Have;
 
 /// The owner of a download's files in the local store.
@@ -103,6 +103,7 @@ pub(super) fn prepare(
         resume: job.wanted.size.is_none_or(is_resumed),
         tenant: None,
         dirs: Vec::new(),
+        xattrs: XattrList::default(),
         known: None,
         base: None,
         sums,
@@ -141,11 +142,12 @@ pub(super) struct Arriving {
 impl Recipient for Arriving {
     const DOWNLOADS: bool = true;
 
-    fn opened(&mut self, size: u64) {
+    fn opened(&mut self, size: u64, xattrs: Option<u32>) {
         self.size = size;
         let Some((job, ..)) = &mut self.work else {
             return;
         };
+        job.xattrs = xattrs;
         if !job.started {
             job.started = true;
             let name = job.wanted.local.as_str();

@@ -19,7 +19,7 @@ use crate::client::uploader::Measure;
 use crate::client::uploader::lane_end;
 use crate::local::error::TransferError;
 use crate::staging::file::Incoming;
-use crate::store::Meta;
+use crate::store::{Meta, XattrList, Xattrs};
 use crate::wire::CHANNEL;
 use crate::wire::{
     self, AckFields, CancelFields, Finish, GetFields, Hole, IdField, MetaFields, Reply,
@@ -358,7 +358,13 @@ impl Lane<'_> {
     async fn take(&mut self, flight: &Flight, message: &Message) -> Result<bool, String> {
         let reply = wire::decode_reply(message).map_err(|error| error.to_string())?;
         match reply {
-            Some(Reply::File { id, size, meta, .. }) => self.begin(flight, id, size, meta),
+            Some(Reply::File {
+                id,
+                size,
+                meta,
+                xattrs,
+                ..
+            }) => self.begin(flight, (id, size), meta, xattrs),
             Some(Reply::Chunk { id, offset, bytes }) => {
                 let len = bytes.len() as u64;
                 self.content(flight, id, offset, len, Content::Bytes(bytes))
@@ -476,9 +482,9 @@ impl Lane<'_> {
     fn begin(
         &mut self,
         flight: &Flight,
-        id: u64,
-        size: u64,
+        (id, size): (u64, u64),
         meta: MetaFields,
+        xattrs: Option<XattrList>,
     ) -> Result<bool, String> {
         let mut files = lock(&flight.files);
         if let Some(current) = self.current
@@ -501,7 +507,12 @@ impl Lane<'_> {
                 (*told, *left) = (size, size);
                 let meta = Meta::from(meta).kept(self.context.preserve, self.context.umask);
                 let resume = incoming::is_resumed(size);
-                incoming.open(size, meta, resume, &mut self.context.gathered());
+                let xattrs = match self.context.xattrs {
+                    Xattrs::None => Some(XattrList::default()),
+                    which => xattrs.map(|xattrs| xattrs.only(which)),
+                };
+                let mut gathered = self.context.gathered();
+                incoming.open(size, meta, xattrs, resume, &mut gathered);
                 self.current = Some(id);
                 Ok(true)
             }
@@ -629,6 +640,8 @@ impl Asking<'_> {
         }
         self.flight.last.store(id, Ordering::Relaxed);
         self.flight.changed.notify_waiters();
+        let xattrs = self.context.xattrs;
+        let word = xattrs.to_string();
         let fields = GetFields {
             id,
             path: remote.as_str(),
@@ -636,6 +649,7 @@ impl Asking<'_> {
             // A server that knows sends no faster; one that does not is held back by its window.
             rate: self.context.limit.rate(),
             holes: true,
+            xattrs: (xattrs != Xattrs::None).then_some(&word),
         };
         self.send("get", &fields).await
     }

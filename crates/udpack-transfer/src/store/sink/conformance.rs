@@ -138,6 +138,7 @@ async fn put<S: Sink>(
                     same,
                     sync: crate::store::Synced::File,
                     other_time: None,
+                    xattrs: 0,
                 }),
                 false => Err(StoreError::Exists { path }),
             };

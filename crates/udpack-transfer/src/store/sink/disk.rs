@@ -221,11 +221,12 @@ impl Sink for Store {
 
     async fn make_dir(&self, new: &NewDir<'_>) -> Result<Placed, StoreError> {
         let (path, meta, dirs) = (new.path.clone(), new.meta, new.dirs.to_owned());
-        let tenant = new.tenant.cloned();
+        let (tenant, xattrs) = (new.tenant.cloned(), new.xattrs.clone());
         let placed = self.aside(move |store| {
             store.place_dir(&NewDir {
                 path: &path,
                 meta,
+                xattrs: &xattrs,
                 dirs: &dirs,
                 tenant: tenant.as_ref(),
             })

@@ -293,6 +293,7 @@ impl File {
             same,
             sync: Synced::None,
             other_time: None,
+            xattrs: 0,
         }
     }
 }
