@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,15 +29,44 @@ pub(crate) fn make_sources(
     let mut sources = Vec::with_capacity(sizes.len());
     for (number, &size) in sizes.iter().enumerate() {
         let path = dir.join(format!("source-{number}"));
-        let mut stream = blake3::Hasher::new();
-        stream.update(&rng.next().to_le_bytes());
         let mut file = File::create(&path)?;
-        io::copy(&mut stream.finalize_xof().take(size), &mut file)
+        write_noise(&mut file, size, rng)
             .with_context(|| format!("cannot write {}", path.display()))?;
         let hash = hash(&path)?;
         sources.push(Source { path, size, hash });
     }
     Ok(sources)
+}
+
+/// Makes so many files with holes between a few stretches of data, and one that is nothing but a hole; their places and
+/// bytes depend on the seed.
+pub(crate) fn make_sparse(dir: &Path, count: u64, rng: &mut Rng) -> anyhow::Result<Vec<Source>> {
+    const BLOCK: u64 = 4096;
+    fs::create_dir_all(dir)?;
+    let mut sources = Vec::new();
+    for number in 0..=count {
+        let path = dir.join(format!("sparse-{number}"));
+        let size = rng.range(256, 4096) * BLOCK + rng.range(0, 1) * rng.range(1, BLOCK - 1);
+        let mut file = File::create(&path)?;
+        file.set_len(size)?;
+        let stretches = if number == 0 { 0 } else { rng.range(1, 4) };
+        for _ in 0..stretches {
+            let at = rng.range(0, size / BLOCK - 1) * BLOCK;
+            let len = rng.range(1, (size - at).min(80 * BLOCK));
+            file.seek(SeekFrom::Start(at))?;
+            write_noise(&mut file, len, rng)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        let hash = hash(&path)?;
+        sources.push(Source { path, size, hash });
+    }
+    Ok(sources)
+}
+
+fn write_noise(file: &mut File, len: u64, rng: &mut Rng) -> io::Result<()> {
+    let mut stream = blake3::Hasher::new();
+    stream.update(&rng.next().to_le_bytes());
+    io::copy(&mut stream.finalize_xof().take(len), file).map(|_| ())
 }
 
 /// What went wrong, counted. Each is told when it is found.

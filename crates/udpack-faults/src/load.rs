@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::ledger::{Ledger, make_sources};
+use crate::ledger::{Ledger, make_sources, make_sparse};
 use crate::rig::{Put, PutReport, Rig};
 use crate::rng::Rng;
 
@@ -66,7 +66,7 @@ pub(crate) enum Must {
 }
 
 impl Load {
-    /// Makes the sources: of all kinds of sizes, below and above what is special to the server.
+    /// Makes the sources: of all kinds of sizes, below and above what is special to the server, and some with holes.
     pub(crate) fn new(rig: &Rig, port: u16, mut rng: Rng, large: &[u64]) -> anyhow::Result<Self> {
         const K: u64 = 1 << 10;
         const M: u64 = 1 << 20;
@@ -75,9 +75,11 @@ impl Load {
         let small = sizes.len();
         sizes.extend([256 * K + 1, M - 1, M, M + 17, 2 * M]);
         sizes.push(rng.range(M, 3 * M));
-        let medium = sizes.len();
-        sizes.extend(large);
-        let sources = make_sources(&rig.work().join("sources"), &sizes, &mut rng)?;
+        let dir = |name| rig.work().join(name);
+        let mut sources = make_sources(&dir("sources"), &sizes, &mut rng)?;
+        sources.extend(make_sparse(&dir("sparse"), SPARSE, &mut rng)?);
+        let medium = sources.len();
+        sources.extend(make_sources(&dir("large"), large, &mut rng)?);
         Ok(Self {
             rig: rig.clone(),
             port,
@@ -287,6 +289,8 @@ impl Load {
     }
 }
 
+/// Files with holes among those of medium size, beside one that is all hole.
+const SPARSE: u64 = 3;
 /// So many small files a client sends without asking first what the server has of them.
 pub(crate) const MANY: u64 = 20;
 /// With so many interrupted commands no new ones are made.
