@@ -392,35 +392,27 @@ fn unfit(what: &str, error: &udpack::ConnectUrlError) -> Failure {
         .hint("use HOST[:PORT], or what `udpack-server url` prints at the server: udpack://TOKEN@HOST:PORT#sha256:HEX")
 }
 
-/// The proxy by curl's rules: small letters go before capital ones, and what is empty is not set.
+/// The proxy that is asked for, or that the environment names.
 fn proxy(args: &ConnectArgs) -> anyhow::Result<Option<Proxy>> {
-    let set = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
     if args.no_proxy {
         return Ok(None);
     }
-    let proxy = match &args.proxy {
+    if let Some(proxy) = &args.proxy {
         // The text may hold a password: only the reason is shown.
-        Some(proxy) => proxy
+        let proxy = proxy
             .parse::<Proxy>()
-            .map_err(|error| Failure::new(Kind::Usage, format!("--proxy is no proxy: {error}")))?,
-        None => {
-            let names = ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
-            let mut named = names.iter().filter_map(|name| Some((name, set(name)?)));
-            let Some((name, proxy)) = named.next() else {
-                return Ok(None);
-            };
-            match proxy.parse::<Proxy>() {
-                Ok(proxy) => proxy,
-                // It is for other programs, too, and this one mostly needs none.
-                Err(error) => {
-                    tracing::warn!("{name} is not used: {error}");
-                    return Ok(None);
-                }
-            }
+            .map_err(|error| Failure::new(Kind::Usage, format!("--proxy is no proxy: {error}")))?;
+        return Ok(Some(proxy.except_env()));
+    }
+    match Proxy::from_env() {
+        Some((name, Err(error))) => {
+            // It is for other programs, too, and this one mostly needs none.
+            tracing::warn!("{name} is not used: {error}");
+            Ok(None)
         }
-    };
-    let except = set("no_proxy").or_else(|| set("NO_PROXY"));
-    Ok(Some(proxy.except(&except.unwrap_or_default())))
+        Some((_, Ok(proxy))) => Ok(Some(proxy)),
+        None => Ok(None),
+    }
 }
 
 fn public_key(keys: &Path) -> anyhow::Result<Option<Fingerprint>> {

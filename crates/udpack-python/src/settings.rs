@@ -1,9 +1,11 @@
 //! Settings by name: limits, timeouts, and how to reconnect.
 
-use pyo3::exceptions::PyValueError;
+use std::ffi::CString;
+
+use pyo3::exceptions::{PyRuntimeWarning, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use udpack::{Limits, Reconnect, Timeouts, TransportChoice};
+use udpack::{Limits, Proxy, Reconnect, Timeouts, TransportChoice};
 
 use crate::channel::seconds;
 
@@ -55,6 +57,29 @@ pub(crate) fn transport(name: &str) -> PyResult<TransportChoice> {
             let text = format!("there is no transport {other:?}; there are auto, quic, wss");
             Err(PyValueError::new_err(text))
         }
+    }
+}
+
+/// `True`: what the environment names. `False`: none. Otherwise the text of one.
+pub(crate) fn proxy(value: &Bound<'_, PyAny>) -> PyResult<Option<Proxy>> {
+    if let Ok(text) = value.extract::<String>() {
+        // The text may hold a password: only the reason is shown.
+        let proxy = text.parse::<Proxy>();
+        let proxy = proxy.map_err(|error| PyValueError::new_err(format!("proxy: {error}")))?;
+        return Ok(Some(proxy.except_env()));
+    }
+    if !value.extract::<bool>()? {
+        return Ok(None);
+    }
+    match Proxy::from_env() {
+        Some((_, Ok(proxy))) => Ok(Some(proxy)),
+        Some((name, Err(error))) => {
+            let text = CString::new(format!("{name} is not used: {error}"))?;
+            let category = value.py().get_type::<PyRuntimeWarning>();
+            PyErr::warn(value.py(), &category, &text, 1)?;
+            Ok(None)
+        }
+        None => Ok(None),
     }
 }
 

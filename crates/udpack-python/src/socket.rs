@@ -82,6 +82,11 @@ pub(crate) fn dial(url: &str, settings: &Bound<'_, PyDict>) -> PyResult<Dial> {
             .map_err(|error| PyValueError::new_err(format!("local_address: {error}")))?;
         builder = builder.local_address(local);
     }
+    if let Some(value) = settings.get_item("proxy")?
+        && let Some(proxy) = settings::proxy(&value)?
+    {
+        builder = builder.proxy(proxy);
+    }
     let client = builder
         .build()
         .map_err(|error| PyErr::from(Failure::from(error)))?;

@@ -170,3 +170,54 @@ async def test_a_taken_tcp_port(caplog):
             assert "not listening on TCP" in caplog.text
             async with client(server) as socket:
                 assert socket.transport == "quic"
+
+
+class Proxy:
+    """An HTTP proxy that takes `CONNECT`, and remembers for whom."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    async def __aenter__(self) -> str:
+        self.listener = await asyncio.start_server(self.carry, "127.3.2.3", 0)
+        return "http://anna:secret@%s:%d" % self.listener.sockets[0].getsockname()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listener.close()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.asked.append(head)
+        to = TcpOnly(head.split()[1].decode())
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await to.carry(reader, writer)
+
+
+async def test_a_proxy_is_named_or_of_the_environment(server, monkeypatch):
+    url, at, _ = server
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    proxy = Proxy()
+    async with proxy as address:
+
+        async def ask(**more: object) -> int:
+            asked = len(proxy.asked)
+            async with udpack.connect(url, transport="wss", **more) as socket:
+                assert await in_time((await socket.open("ping")).request("ping", 7)) is not None
+            return len(proxy.asked) - asked
+
+        assert await ask() == 0
+        assert await ask(proxy=address) == 1
+        head = proxy.asked[0].decode()
+        assert head.startswith(f"CONNECT {at} HTTP/1.1\r\n") and "Proxy-Authorization: Basic YW5uYTpzZWNyZXQ=" in head
+        monkeypatch.setenv("https_proxy", address)
+        assert await ask() == 1
+        assert await ask(proxy=False) == 0
+        monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+        assert await ask() == 0
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:9")
+        with pytest.warns(RuntimeWarning, match="https_proxy is not used"):
+            assert await ask() == 0
+    with pytest.raises(ValueError, match="^proxy: "):
+        udpack.connect("127.0.0.1:1", token="t", proxy="socks5://h").__await__().send(None)

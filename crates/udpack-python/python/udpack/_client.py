@@ -572,12 +572,12 @@ class Connecting:
 def settings(
     token: str | None, key: str | None, reconnect: bool | Mapping[str, Any], agent: str | None,
     timeouts: Mapping[str, float] | None, limits: Mapping[str, int] | None, local_address: str | None,
-    transport: str,
+    transport: str, proxy: str | bool,
 ) -> dict[str, Any]:
     """The arguments of ``connect`` without those that are not given."""
     given: dict[str, Any] = {
         "token": token, "key": key, "agent": agent, "local_address": local_address,
-        "transport": transport,
+        "transport": transport, "proxy": proxy,
         "reconnect": reconnect if isinstance(reconnect, bool) else dict(reconnect),
         "timeouts": None if timeouts is None else dict(timeouts),
         "limits": None if limits is None else dict(limits),
@@ -588,7 +588,7 @@ def settings(
 def connect(
     url: str, *, token: str | None = None, key: str | None = None, reconnect: bool | Mapping[str, Any] = True,
     agent: str | None = None, timeouts: Mapping[str, float] | None = None, limits: Mapping[str, int] | None = None,
-    local_address: str | None = None, transport: str = "auto",
+    local_address: str | None = None, transport: str = "auto", proxy: str | bool = True,
 ) -> Connecting:
     """Connects to ``udpack://TOKEN@HOST:PORT#sha256:…``, or to ``HOST:PORT`` with ``token`` and ``key``.
 
@@ -596,11 +596,13 @@ def connect(
     itself when its connection is lost, unless ``reconnect`` is ``False``; as a dict it sets ``attempts``, ``patience``,
     ``first``, ``most`` (seconds) and ``first_too``. ``timeouts`` (seconds) and ``limits`` replace single defaults by
     name. ``transport`` is ``"auto"``: QUIC, and 250 ms later TCP (a WebSocket) as well, for networks that let no UDP pass;
-    each reconnect chooses again. ``"quic"`` and ``"wss"`` take one alone.
+    each reconnect chooses again. ``"quic"`` and ``"wss"`` take one alone. Connections over TCP go through the HTTP proxy
+    ``proxy``, ``"http://USER:PASSWORD@HOST:PORT"``; ``True`` means that of ``https_proxy`` or ``all_proxy``, as curl reads
+    them, ``False`` none. Servers in ``no_proxy`` are reached without one.
 
     Raises :class:`ConnectError`, and :class:`AuthError` when the server refuses or is another one.
     """
-    return Connecting(url, settings(token, key, reconnect, agent, timeouts, limits, local_address, transport))
+    return Connecting(url, settings(token, key, reconnect, agent, timeouts, limits, local_address, transport, proxy))
 
 
 class Presence:

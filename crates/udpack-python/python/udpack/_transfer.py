@@ -22,7 +22,8 @@ def link(to: str | Socket, given: Mapping[str, Any]) -> _udpack.Link:
     """What files travel over."""
     if isinstance(to, str):
         defaults = dict(
-            token=None, key=None, reconnect=False, agent=None, timeouts=None, limits=None, local_address=None, transport="auto"
+            token=None, key=None, reconnect=False, agent=None, timeouts=None, limits=None, local_address=None, transport="auto",
+            proxy=True,
         )
         return _udpack.Link(to, settings(**(defaults | given)))
     if given:

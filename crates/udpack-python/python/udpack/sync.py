@@ -197,10 +197,10 @@ class Socket:
 def connect(
     url: str, *, token: str | None = None, key: str | None = None, reconnect: bool | Mapping[str, Any] = True,
     agent: str | None = None, timeouts: Mapping[str, float] | None = None, limits: Mapping[str, int] | None = None,
-    local_address: str | None = None, transport: str = "auto",
+    local_address: str | None = None, transport: str = "auto", proxy: str | bool = True,
 ) -> Socket:
     """Connects; see :func:`udpack.connect`."""
-    given = settings(token, key, reconnect, agent, timeouts, limits, local_address, transport)
+    given = settings(token, key, reconnect, agent, timeouts, limits, local_address, transport, proxy)
     return Socket(_udpack.connect(url, given).wait())
 
 

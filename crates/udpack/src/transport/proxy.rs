@@ -48,7 +48,31 @@ const PORT: u16 = 1080;
 /// The largest head of an answer that is read, in bytes.
 const HEAD: usize = 16 << 10;
 
+/// Names a proxy for all programs; the first that is set counts. As in curl, small letters go before capital ones.
+const VARIABLES: [&str; 4] = ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
+
 impl Proxy {
+    /// The proxy that the environment names by curl's rules, with its exceptions: `https_proxy`, `HTTPS_PROXY`, `all_proxy` or
+    /// `ALL_PROXY`, the first that is set and not empty, and the name of that variable. `None` where none is.
+    ///
+    /// # Errors
+    /// In the second part of the pair, when the value names no proxy that can be used.
+    pub fn from_env() -> Option<(&'static str, Result<Self, ProxyError>)> {
+        let (name, value) = VARIABLES
+            .iter()
+            .find_map(|name| Some((*name, set(name)?)))?;
+        Some((name, value.parse().map(Self::except_env)))
+    }
+
+    /// As [`except`](Self::except), with the list in `no_proxy` or `NO_PROXY`, if one of them is set.
+    #[must_use]
+    pub fn except_env(self) -> Self {
+        match set("no_proxy").or_else(|| set("NO_PROXY")) {
+            Some(list) => self.except(&list),
+            None => self,
+        }
+    }
+
     /// Lets the client go without the proxy to the servers of this list, as the variable `NO_PROXY` has it: names, addresses
     /// and networks with a comma or a space between them. A name stands for itself and all that end in a dot and it, an
     /// address for itself, `10.0.0.0/8` for a network, `*` for everything. What is none of these is passed over.
@@ -215,6 +239,11 @@ impl fmt::Display for Proxy {
             false => write!(f, "{}:{}", self.host, self.port),
         }
     }
+}
+
+/// A variable that is set and not empty.
+fn set(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 impl fmt::Debug for Proxy {
