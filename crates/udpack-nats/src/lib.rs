@@ -9,13 +9,16 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Core NATS is enough: no JetStream, nothing on the broker's disk. One subject per room, to which a server subscribes while it
-//! has members in it. The broker must take messages as large as the servers' frames: `max_payload: 2MB` in its configuration for
+//! Core NATS is enough, with nothing on the broker's disk: one subject per room, to which a server subscribes while it
+//! has members in it. With [`NatsOptions::keep_histories`] JetStream keeps the rooms with a history. The broker must take messages as large as the servers' frames: `max_payload: 2MB` in its configuration for
 //! `Limits::default()`.
 //!
-//! Every queue is bounded: 8,192 messages and 32 MiB to the broker, 1,024 messages from it for each room and 4,096 for all.
+//! Every queue is bounded: 8,192 messages and 32 MiB to the broker, the same again to the logs of rooms with a history; 1,024
+//! messages from it for each room and 4,096 for all.
 //! What has no place is lost, and the members are told how much.
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+
+mod logs;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -24,19 +27,25 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use async_nats::jetstream::context::GetStreamError;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
+use udpack::History;
 use udpack::cluster::{Cluster, Incoming, Lost, Topic};
+
+use crate::logs::Logs;
 
 /// Messages that wait for the broker, and their bytes.
 const OUTGOING: usize = 8192;
 const OUTGOING_BYTES: usize = 32 << 20;
 /// Messages that wait in the client behind that, which knows no bytes.
 const HANDED_OVER: usize = 32;
+/// The most bytes of a message's headers in a log.
+const HEADERS: usize = 128;
 /// Messages of all topics that wait for the server, and of each one before that.
 const INCOMING: usize = 4096;
 const INCOMING_EACH: usize = 1024;
@@ -58,6 +67,7 @@ pub struct Nats {
     incoming: tokio::sync::Mutex<mpsc::Receiver<Incoming>>,
     desk: Arc<Desk>,
     client: Client,
+    logs: Option<Logs>,
 }
 
 /// How to connect; see [`Nats::options`].
@@ -66,6 +76,7 @@ pub struct Nats {
 pub struct NatsOptions {
     namespace: String,
     wait: bool,
+    replicas: Option<usize>,
 }
 
 /// Why there is no connection to the broker.
@@ -83,6 +94,9 @@ pub enum NatsError {
     /// The broker cannot be reached, or does not let us in.
     #[error("cannot connect to the NATS broker")]
     Connect(#[source] async_nats::ConnectError),
+    /// The broker shall keep histories, and has no JetStream for this account.
+    #[error("the NATS broker keeps no histories: it needs JetStream")]
+    JetStream(#[source] GetStreamError),
 }
 
 /// What `Nats` and its task share.
@@ -95,6 +109,8 @@ struct Desk {
     work: Notify,
     news: Mutex<News>,
     told: Notify,
+    /// Counts the connections to the broker.
+    connections: watch::Sender<u64>,
 }
 
 /// The topics to be subscribed to, and those of which that has changed since the writer looked: it looks at no others, for there
@@ -158,6 +174,7 @@ impl Nats {
         NatsOptions {
             namespace: "udpack".to_owned(),
             wait: true,
+            replicas: None,
         }
     }
 }
@@ -176,10 +193,18 @@ impl NatsOptions {
         self
     }
 
+    /// Lets the broker keep the messages of rooms with a [history](udpack::Rooms::history): in a JetStream stream for each,
+    /// on so many of the brokers (1 to 5; 1 if there is one). All nodes share it then, and it survives them. All nodes of
+    /// a cluster must have this option, or none.
+    pub fn keep_histories(mut self, replicas: usize) -> Self {
+        self.replicas = Some(replicas.clamp(1, 5));
+        self
+    }
+
     /// Connects; see [`Nats::connect`].
     ///
     /// # Errors
-    /// As there, and for a namespace that cannot be one.
+    /// As there, for a namespace that cannot be one, and if the broker shall keep histories and has no JetStream.
     ///
     /// # Cancel safety
     /// Dropping the future gives the attempt up.
@@ -224,6 +249,13 @@ impl NatsOptions {
             .map_err(NatsError::Connect)?;
         let (outgoing, queue) = mpsc::channel(OUTGOING);
         let (inbox, incoming) = mpsc::channel(INCOMING);
+        let logs = self.replicas.map(|replicas| {
+            let settings = (self.namespace.as_str(), replicas);
+            Logs::new(&client, settings, inbox.clone(), desk.clone())
+        });
+        if let Some(logs) = logs.as_ref().filter(|_| self.wait) {
+            logs.check().await.map_err(NatsError::JetStream)?;
+        }
         let writer = Writer {
             namespace: self.namespace,
             client: client.clone(),
@@ -238,6 +270,7 @@ impl NatsOptions {
             incoming: tokio::sync::Mutex::new(incoming),
             desk,
             client,
+            logs,
         })
     }
 }
@@ -273,6 +306,36 @@ impl Cluster for Nats {
         self.desk.change();
     }
 
+    fn keeps(&self) -> bool {
+        self.logs.is_some()
+    }
+
+    fn keep(&self, topic: Topic, bounds: History) {
+        if let Some(logs) = &self.logs {
+            logs.keep(topic, bounds);
+        }
+    }
+
+    fn forget(&self, topic: Topic) {
+        if let Some(logs) = &self.logs {
+            logs.forget(topic);
+        }
+    }
+
+    fn append(&self, topic: Topic, message: Bytes) -> Result<(), Lost> {
+        let most = self.client.max_payload();
+        if most > 0 && message.len() + HEADERS > most {
+            return Err(Lost);
+        }
+        self.logs.as_ref().ok_or(Lost)?.append(topic, message)
+    }
+
+    fn confirm(&self, topic: Topic, number: u64) {
+        if let Some(logs) = &self.logs {
+            logs.confirm(topic, number);
+        }
+    }
+
     fn next(&self) -> BoxFuture<'_, Option<Incoming>> {
         async {
             let mut incoming = self.incoming.lock().await;
@@ -296,6 +359,7 @@ impl fmt::Debug for Nats {
         f.debug_struct("Nats")
             .field("state", &self.client.connection_state())
             .field("queued", &self.desk.queued)
+            .field("logs", &self.logs)
             .finish_non_exhaustive()
     }
 }
@@ -311,6 +375,11 @@ impl Desk {
         self.told.notify_one();
     }
 
+    /// Changes with each connection to the broker.
+    fn connected(&self) -> watch::Receiver<u64> {
+        self.connections.subscribe()
+    }
+
     fn news(&self) -> Option<Incoming> {
         let mut news = lock(&self.news);
         if let Some(up) = news.up.take() {
@@ -321,7 +390,10 @@ impl Desk {
 
     fn hear(&self, event: &Event) {
         match event {
-            Event::Connected => self.tell(|news| news.up = Some(true)),
+            Event::Connected => {
+                self.connections.send_modify(|count| *count += 1);
+                self.tell(|news| news.up = Some(true));
+            }
             Event::Disconnected | Event::Closed => self.tell(|news| news.up = Some(false)),
             Event::SlowConsumer(_) => self.tell(|news| news.lost = true),
             Event::LameDuckMode => tracing::info!("the NATS broker is about to stop"),

@@ -1,109 +1,18 @@
 //! Three nodes and a real `nats-server`: whatever becomes of the broker, each member hears each sender in order, nothing twice,
 //! and is told of what is missing.
 
+mod common;
+
 use std::collections::HashMap;
-use std::future::Future;
-use std::io::Write as _;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use common::{Broker, bounded, heard, reaches};
+use rustix::process::Signal;
 use udpack::{
     BindError, Channel, Client, ClusterState, Deny, Hello, Identity, Peer, Server, ServerBuilder,
     Socket,
 };
 use udpack_nats::{Nats, NatsError};
-
-/// Everything that must happen does so in this time, on a machine with other work as well.
-async fn bounded<F: Future>(future: F) -> F::Output {
-    match tokio::time::timeout(Duration::from_secs(120), future).await {
-        Ok(output) => output,
-        Err(_) => panic!("the test took longer than 120 s"),
-    }
-}
-
-/// A `nats-server` on a port of its own.
-struct Broker {
-    port: u16,
-    config: tempfile::NamedTempFile,
-    child: Child,
-}
-
-impl Broker {
-    /// `None`, said aloud, where it is not installed.
-    fn start(max_payload: &str) -> Option<Self> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-        let port = port.local_addr().expect("bound").port();
-        let mut config = tempfile::NamedTempFile::new().expect("a file");
-        write!(
-            config,
-            "listen: \"127.0.0.1:{port}\"\nmax_payload: {max_payload}\n"
-        )
-        .expect("written");
-        let child = run(&config)?;
-        let broker = Self {
-            port,
-            config,
-            child,
-        };
-        broker.wait();
-        Some(broker)
-    }
-
-    fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
-    }
-
-    /// Until it accepts connections.
-    fn wait(&self) {
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_err() {
-            std::thread::yield_now();
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        let id = Pid::from_child(&self.child);
-        kill_process(id, signal).expect("the broker runs");
-    }
-
-    fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-
-    /// With nothing left of what it knew.
-    fn restart(&mut self) {
-        self.child = run(&self.config).expect("it ran before");
-        self.wait();
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn run(config: &tempfile::NamedTempFile) -> Option<Child> {
-    let started = Command::new("nats-server")
-        .arg("-c")
-        .arg(config.path())
-        .env(
-            "PATH",
-            format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default()),
-        )
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    match started {
-        Ok(child) => Some(child),
-        Err(error) => {
-            println!("SKIPPED: no nats-server ({error}): scripts/install-test-tools");
-            None
-        }
-    }
-}
 
 fn builder() -> ServerBuilder {
     Server::builder()
@@ -132,19 +41,6 @@ async fn nodes(broker: &Broker) -> Vec<Server> {
         }
     }
     servers
-}
-
-/// How many other nodes a server hears.
-fn heard(server: &Server) -> usize {
-    let nodes = server.cluster().expect("a node").nodes();
-    nodes.iter().filter(|node| !node.lost).count()
-}
-
-async fn reaches(server: &Server, state: ClusterState) {
-    let mut view = server.cluster().expect("a node");
-    while view.state() != state {
-        view.changed().await;
-    }
 }
 
 /// A member, and what it knows of each sender.

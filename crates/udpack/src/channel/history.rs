@@ -55,16 +55,35 @@ pub(crate) struct Log {
 
 #[derive(Debug)]
 struct Kept {
-    frame: Bytes,
+    /// The message; `None` if there is none at this offset.
+    frame: Option<Bytes>,
     /// The sessions that were excluded.
     except: Option<Box<[Box<str>]>>,
+    /// How many messages without an offset were lost before this one.
+    lost: u64,
     at: Instant,
 }
 
 impl Kept {
     fn size(&self) -> usize {
-        self.frame.len() + ENTRY
+        self.frame.as_ref().map_or(0, Bytes::len) + ENTRY
     }
+
+    fn is_for(&self, session: &str) -> bool {
+        let mut except = self.except.iter().flatten();
+        !except.any(|name| **name == *session)
+    }
+}
+
+/// What a log of the cluster has at one offset.
+#[derive(Debug, Default)]
+pub(crate) struct Entered<'a> {
+    /// The message and the sessions that it is not for; `None` if there is nothing for the members.
+    pub(crate) message: Option<(&'a Bytes, &'a [&'a str])>,
+    /// How many messages without an offset were lost before it.
+    pub(crate) lost: u64,
+    /// How long ago it was sent.
+    pub(crate) age: Duration,
 }
 
 /// What a log contains after an offset.
@@ -74,8 +93,12 @@ pub(crate) enum Entry {
     End,
     /// Messages up to this offset, which are not kept any more.
     Gone(u64),
-    /// The next message; `None` if it is not for this session.
-    Message(Option<Bytes>),
+    /// The next message; `None` if there is none for this session at this offset.
+    Message {
+        /// How many messages without an offset were lost before it.
+        lost: u64,
+        frame: Option<Bytes>,
+    },
 }
 
 impl Log {
@@ -104,12 +127,34 @@ impl Log {
 
     /// Appends one message and returns its offset.
     pub(crate) fn push(&mut self, frame: Bytes, except: &[&str], now: Instant) -> u64 {
-        let except = (!except.is_empty()).then(|| except.iter().map(|&name| name.into()).collect());
-        let kept = Kept {
-            frame,
-            except,
-            at: now,
-        };
+        self.keep(
+            Kept {
+                frame: Some(frame),
+                except: names(except),
+                lost: 0,
+                at: now,
+            },
+            now,
+        )
+    }
+
+    /// Appends what a log of the cluster has next.
+    fn enter(&mut self, entered: &Entered<'_>, now: Instant) -> u64 {
+        let sent = now.checked_sub(entered.age).unwrap_or(now);
+        // The clocks of brokers do not always go forward.
+        let last = self.kept.back().map_or(sent, |kept| kept.at);
+        self.keep(
+            Kept {
+                frame: entered.message.map(|(frame, _)| frame.clone()),
+                except: entered.message.and_then(|(_, except)| names(except)),
+                lost: entered.lost,
+                at: sent.max(last),
+            },
+            now,
+        )
+    }
+
+    fn keep(&mut self, kept: Kept, now: Instant) -> u64 {
         self.bytes += kept.size();
         self.kept.push_back(kept);
         let offset = self.next;
@@ -156,14 +201,17 @@ impl Log {
         }
         let at = usize::try_from(offset + 1 - first).unwrap_or(usize::MAX);
         match self.kept.get(at) {
-            Some(kept) => {
-                let not_for = |except: &[Box<str>]| except.iter().any(|name| **name == *session);
-                let excluded = kept.except.as_deref().is_some_and(not_for);
-                Entry::Message((!excluded).then(|| kept.frame.clone()))
-            }
+            Some(kept) => Entry::Message {
+                lost: kept.lost,
+                frame: kept.frame.clone().filter(|_| kept.is_for(session)),
+            },
             None => Entry::End,
         }
     }
+}
+
+fn names(except: &[&str]) -> Option<Box<[Box<str>]>> {
+    (!except.is_empty()).then(|| except.iter().map(|&name| name.into()).collect())
 }
 
 /// The logs of a server, which share one budget.
@@ -184,7 +232,10 @@ pub(crate) struct Record {
     pub(crate) room: Arc<str>,
     /// The number that represents the room's name on the wire.
     pub(crate) number: u64,
+    /// 0: the cluster has not told yet what is kept, and this log stays empty.
     pub(crate) epoch: u64,
+    /// Whether the cluster keeps the messages and chooses their offsets; this is then a copy.
+    pub(crate) copy: bool,
     archive: Arc<Archive>,
     /// Lock order: this lock, then `by_age`.
     state: Mutex<State>,
@@ -237,11 +288,13 @@ impl Record {
         epoch: u64,
         bounds: History,
         archive: Arc<Archive>,
+        copy: bool,
     ) -> Arc<Self> {
         Arc::new(Self {
             room,
             number,
             epoch,
+            copy,
             archive,
             state: Mutex::new(State {
                 log: Log::new(bounds),
@@ -257,11 +310,26 @@ impl Record {
         Some((u64::from_le_bytes(bytes) % EPOCHS).max(1))
     }
 
+    /// Whether nothing is known yet of what the cluster keeps.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.epoch == 0
+    }
+
     pub(crate) fn push(self: &Arc<Self>, frame: &Bytes, except: &[&str]) -> u64 {
         let now = Instant::now();
+        self.append(|log| log.push(frame.clone(), except, now))
+    }
+
+    /// Appends what the cluster keeps next.
+    pub(crate) fn enter(self: &Arc<Self>, entered: &Entered<'_>) -> u64 {
+        let now = Instant::now();
+        self.append(|log| log.enter(entered, now))
+    }
+
+    fn append(self: &Arc<Self>, append: impl FnOnce(&mut Log) -> u64) -> u64 {
         let offset = {
             let mut state = lock(&self.state);
-            let offset = self.change(&mut state, |log| log.push(frame.clone(), except, now));
+            let offset = self.change(&mut state, append);
             if !state.listed
                 && let Some(oldest) = state.log.oldest()
             {
@@ -310,7 +378,7 @@ impl Record {
         let mut state = lock(&self.state);
         self.change(&mut state, |log| {
             log.settle(Instant::now());
-            let frames = log.kept.iter().map(|kept| kept.frame.clone());
+            let frames = log.kept.iter().filter_map(|kept| kept.frame.clone());
             (log.head(), frames.collect())
         })
     }
@@ -428,7 +496,8 @@ mod tests {
             match self.sent.get(offset) {
                 _ if offset < self.first => Entry::Gone(self.first as u64),
                 Some((size, except, _)) => {
-                    Entry::Message((!except).then(|| Bytes::from(vec![offset as u8; *size])))
+                    let frame = (!except).then(|| Bytes::from(vec![offset as u8; *size]));
+                    Entry::Message { lost: 0, frame }
                 }
                 None => Entry::End,
             }
@@ -487,7 +556,7 @@ mod tests {
                 let archive = Archive::new(limit);
                 let bounds = History { messages: 1000, bytes: 1 << 20, age: Duration::from_secs(100) };
                 let records: Vec<_> = (0..4_u64)
-                    .map(|n| Record::new("hall".into(), n, 1, bounds, archive.clone()))
+                    .map(|n| Record::new("hall".into(), n, 1, bounds, archive.clone(), false))
                     .collect();
                 let mut sent: Vec<(usize, usize)> = Vec::new();
                 for (room, size) in pushes {

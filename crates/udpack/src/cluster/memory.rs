@@ -1,8 +1,9 @@
 //! A cluster of the servers of one process, for tests. It can fail as a broker does.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -10,11 +11,14 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use crate::base::lock;
-use crate::cluster::{Cluster, Incoming, Lost, Topic};
+use crate::channel::history::History;
+use crate::cluster::{Cluster, Incoming, Kept, Lost, Topic};
 
 /// Messages that may wait for one node.
 const QUEUE: usize = 4096;
 const MAX_MESSAGE: usize = 8 << 20;
+/// Messages for logs that wait while a node is cut off.
+const WAITING: usize = 64;
 
 /// A broker in memory. A handle: clones share the broker.
 #[derive(Clone, Default)]
@@ -26,6 +30,121 @@ pub struct Memory {
 struct Hub {
     nodes: HashMap<u64, Port>,
     next: u64,
+    keeps: bool,
+    logs: HashMap<Topic, Log>,
+    epochs: u64,
+}
+
+/// The log of a room.
+struct Log {
+    epoch: u64,
+    /// The offset of the oldest entry.
+    first: u64,
+    entries: VecDeque<Bytes>,
+}
+
+impl Log {
+    fn last(&self) -> u64 {
+        self.first + self.entries.len() as u64 - 1
+    }
+
+    fn drop_oldest(&mut self) {
+        if self.entries.pop_front().is_some() {
+            self.first += 1;
+        }
+    }
+}
+
+/// A node's place in a log.
+#[derive(Default)]
+struct Place {
+    epoch: u64,
+    next: u64,
+    most: usize,
+    asked: Option<u64>,
+}
+
+impl Hub {
+    fn log(&mut self, topic: Topic) -> &mut Log {
+        let epochs = &mut self.epochs;
+        self.logs.entry(topic).or_insert_with(|| {
+            *epochs += 1;
+            Log {
+                epoch: *epochs,
+                first: 1,
+                entries: VecDeque::new(),
+            }
+        })
+    }
+
+    fn append(&mut self, topic: Topic, message: Bytes) {
+        let places = self
+            .nodes
+            .values()
+            .filter_map(|port| port.reads.get(&topic));
+        let most = places.map(|place| place.most).max().unwrap_or(usize::MAX);
+        let log = self.log(topic);
+        log.entries.push_back(message);
+        while log.entries.len() > most {
+            log.drop_oldest();
+        }
+        let nodes: Vec<u64> = self.nodes.keys().copied().collect();
+        nodes.iter().for_each(|number| self.pump(*number));
+    }
+
+    /// Tells a node what is new in the logs that it reads, as far as there is room.
+    fn pump(&mut self, number: u64) {
+        let Some(port) = self
+            .nodes
+            .get(&number)
+            .filter(|port| !port.cut && !port.held)
+        else {
+            return;
+        };
+        let topics: Vec<Topic> = port.reads.keys().copied().collect();
+        for topic in topics {
+            self.log(topic);
+            let (Some(log), Some(port)) = (self.logs.get(&topic), self.nodes.get_mut(&number))
+            else {
+                continue;
+            };
+            let (queue, place) = (&port.queue, port.reads.get_mut(&topic));
+            let tell = |kept| queue.try_send(Incoming::Kept { topic, kept }).is_ok();
+            if let Some(place) = place {
+                place.read(log, tell);
+            }
+        }
+    }
+}
+
+impl Place {
+    fn read(&mut self, log: &Log, tell: impl Fn(Kept) -> bool) {
+        let (epoch, first, last) = (log.epoch, log.first, log.last());
+        if self.epoch != epoch {
+            if !tell(Kept::Begin { epoch, first, last }) {
+                return;
+            }
+            (self.epoch, self.next) = (epoch, first);
+        }
+        self.next = self.next.max(first);
+        while let Some(message) = log.entries.get((self.next - first) as usize) {
+            let kept = Kept::Message {
+                offset: self.next,
+                age: Duration::ZERO,
+                message: message.clone(),
+            };
+            if !tell(kept) {
+                return;
+            }
+            self.next += 1;
+        }
+        if let Some(number) = self.asked {
+            let offset = last;
+            if tell(Kept::End { offset, number }) {
+                self.asked = None;
+            }
+        }
+    }
 }
 
 /// The broker's side of one node.
@@ -36,12 +155,41 @@ struct Port {
     cut: bool,
     /// How many of the next messages to it are lost.
     lose: u64,
+    /// The logs that it reads.
+    reads: HashMap<Topic, Place>,
+    /// Whether it hears nothing of logs.
+    held: bool,
+    /// What it appended while it was cut off.
+    waiting: VecDeque<(Topic, Bytes)>,
 }
 
 impl Memory {
     /// A broker without nodes.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A broker without nodes that keeps the messages of rooms with a history, as many of each as the bounds say. It
+    /// knows no other bounds.
+    pub fn keeping() -> Self {
+        let memory = Self::default();
+        lock(&memory.hub).keeps = true;
+        memory
+    }
+
+    /// Drops the oldest messages that it keeps of a room.
+    pub fn drop_oldest(&self, room: &str, messages: usize) {
+        let mut hub = lock(&self.hub);
+        let log = hub.log(Topic::room(room));
+        (0..messages).for_each(|_| log.drop_oldest());
+    }
+
+    /// Loses all that it keeps of a room. The room's log begins anew.
+    pub fn lose_log(&self, room: &str) {
+        let mut hub = lock(&self.hub);
+        hub.logs.remove(&Topic::room(room));
+        let nodes: Vec<u64> = hub.nodes.keys().copied().collect();
+        nodes.iter().for_each(|number| hub.pump(*number));
     }
 
     /// Returns a connection to the broker for one server.
@@ -55,6 +203,9 @@ impl Memory {
             queue,
             cut: false,
             lose: 0,
+            reads: HashMap::new(),
+            held: false,
+            waiting: VecDeque::new(),
         };
         hub.nodes.insert(number, port);
         MemoryNode {
@@ -93,9 +244,25 @@ impl MemoryLink {
         self.set(true, None);
     }
 
-    /// Ends a cut.
+    /// Ends a cut. Messages for logs that waited meanwhile, at most 64, are appended.
     pub fn mend(&self) {
         self.set(false, Some(Incoming::Up));
+        let mut hub = lock(&self.hub);
+        let waiting = hub.nodes.get_mut(&self.number);
+        let waiting = waiting.map(|port| std::mem::take(&mut port.waiting));
+        for (topic, message) in waiting.unwrap_or_default() {
+            hub.append(topic, message);
+        }
+        hub.pump(self.number);
+    }
+
+    /// Withholds from the node what is new in logs, or no longer.
+    pub fn hold_logs(&self, hold: bool) {
+        let mut hub = lock(&self.hub);
+        if let Some(port) = hub.nodes.get_mut(&self.number) {
+            port.held = hold;
+        }
+        hub.pump(self.number);
     }
 
     /// Loses the next messages to the node that are for rooms.
@@ -184,8 +351,57 @@ impl Cluster for MemoryNode {
         }
     }
 
+    fn keeps(&self) -> bool {
+        lock(&self.link.hub).keeps
+    }
+
+    fn keep(&self, topic: Topic, bounds: History) {
+        let mut hub = lock(&self.link.hub);
+        if let Some(port) = hub.nodes.get_mut(&self.link.number) {
+            port.reads.entry(topic).or_default().most = bounds.messages;
+        }
+        hub.pump(self.link.number);
+    }
+
+    fn forget(&self, topic: Topic) {
+        if let Some(port) = lock(&self.link.hub).nodes.get_mut(&self.link.number) {
+            port.reads.remove(&topic);
+        }
+    }
+
+    fn append(&self, topic: Topic, message: Bytes) -> Result<(), Lost> {
+        let mut hub = lock(&self.link.hub);
+        let port = hub.nodes.get_mut(&self.link.number).ok_or(Lost)?;
+        if message.len() > MAX_MESSAGE || (port.cut && port.waiting.len() >= WAITING) {
+            return Err(Lost);
+        }
+        match port.cut {
+            true => port.waiting.push_back((topic, message)),
+            false => hub.append(topic, message),
+        }
+        Ok(())
+    }
+
+    fn confirm(&self, topic: Topic, number: u64) {
+        let mut hub = lock(&self.link.hub);
+        if let Some(port) = hub.nodes.get_mut(&self.link.number)
+            && let Some(place) = port.reads.get_mut(&topic)
+        {
+            place.asked = Some(number);
+        }
+        hub.pump(self.link.number);
+    }
+
     fn next(&self) -> BoxFuture<'_, Option<Incoming>> {
-        async { self.incoming.lock().await.recv().await }.boxed()
+        async {
+            let mut incoming = self.incoming.lock().await;
+            if incoming.is_empty() {
+                // What had no room in the queue.
+                lock(&self.link.hub).pump(self.link.number);
+            }
+            incoming.recv().await
+        }
+        .boxed()
     }
 }
 

@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 
 use crate::cluster::NodeId;
+use crate::cluster::wire::Head;
 
 /// The most nodes whose messages to one topic are followed.
 pub(crate) const MAX_NODES: usize = 1024;
@@ -124,6 +125,44 @@ impl Heard {
     }
 }
 
+/// How far each node has come in the log of a room. All nodes read the same entries, and so find the same ones doubled.
+#[derive(Debug, Default)]
+pub(crate) struct Origins {
+    nodes: HashMap<NodeId, Origin>,
+}
+
+#[derive(Debug)]
+struct Origin {
+    /// Epoch and number of its last entry.
+    last: (u32, u64),
+    /// The offset of that.
+    offset: u64,
+}
+
+impl Origins {
+    /// Whether the entry at this offset is there for the first time.
+    pub(crate) fn is_new(&mut self, head: &Head, offset: u64) -> bool {
+        let last = (head.epoch, head.sequence);
+        let known = self.nodes.get(&head.node);
+        if known.is_some_and(|known| known.last >= last) {
+            return false;
+        }
+        if known.is_none() && self.nodes.len() >= MAX_NODES {
+            self.drop_oldest();
+        }
+        self.nodes.insert(head.node, Origin { last, offset });
+        true
+    }
+
+    /// Forgets the node that has been silent for the most entries.
+    fn drop_oldest(&mut self) {
+        let oldest = self.nodes.iter().min_by_key(|(_, origin)| origin.offset);
+        if let Some(oldest) = oldest.map(|(node, _)| *node) {
+            self.nodes.remove(&oldest);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -208,6 +247,47 @@ mod tests {
         assert_eq!(heard.silent(A), 0, "once");
         assert_eq!(heard.mark(A, 0, 4, true), next(2), "3 are lost, 1 was told");
         assert_eq!(heard.message(A, 0, 6, true), next(1));
+    }
+
+    fn head(node: NodeId, epoch: u32, sequence: u64) -> Head {
+        Head {
+            node,
+            epoch,
+            sequence,
+        }
+    }
+
+    #[test]
+    fn an_entry_of_a_log_counts_once() {
+        let mut origins = Origins::default();
+        let mut new =
+            |node, epoch, sequence, offset| origins.is_new(&head(node, epoch, sequence), offset);
+        assert!(new(A, 0, 5, 1));
+        assert!(new(B, 0, 3, 2));
+        assert!(!new(A, 0, 5, 3), "doubled");
+        assert!(!new(A, 0, 4, 4), "of before");
+        assert!(new(A, 0, 6, 5));
+        assert!(new(A, 1, 1, 6), "counts anew");
+        assert!(!new(A, 0, 7, 7), "of before");
+        assert!(new(B, u32::MAX, u64::MAX, 8));
+    }
+
+    #[test]
+    fn of_too_many_nodes_the_one_silent_for_longest_is_forgotten() {
+        let mut origins = Origins::default();
+        let node = |n: u64| NodeId(n.to_be_bytes());
+        for n in 0..MAX_NODES as u64 {
+            assert!(origins.is_new(&head(node(n), 0, 1), n + 1));
+        }
+        let offset = MAX_NODES as u64;
+        assert!(origins.is_new(&head(node(0), 0, 2), offset + 1));
+        assert!(origins.is_new(&head(A, 0, 1), offset + 2));
+        assert_eq!(origins.nodes.len(), MAX_NODES);
+        assert!(!origins.is_new(&head(node(0), 0, 2), offset + 3), "kept");
+        assert!(
+            origins.is_new(&head(node(1), 0, 1), offset + 4),
+            "forgotten"
+        );
     }
 
     /// What happens to one message or mark between two nodes.

@@ -4,10 +4,11 @@
 //! One task of each server handles the broker's events and the clock. A message is published where it is sent, under
 //! the lock of its topic, so that its number and its place in the queue agree. Nothing waits for the broker.
 //!
-//! Order of locks: that of the rooms' table, then the topics, then one topic's `seen` or `out`. None of them is held
-//! while a room's own locks are taken.
+//! Order of locks: that of the rooms' table, then the topics, then one topic's `seen`, `out` or `reading`. None of them is
+//! held while a room's own locks are taken, but `reading` while that of its copy's log is.
 
 mod homes;
+mod logs;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -29,6 +30,7 @@ use crate::cluster::wire::{self, AROUND, Body, Head};
 use crate::cluster::{Cluster, ClusterState, Incoming, NodeId, Topic};
 use crate::metrics::{Count, Counts};
 use crate::serve::everywhere::Questions;
+use crate::serve::node::logs::Reading;
 use crate::serve::presence::Change;
 use crate::serve::rooms::{Directory, Room, Rooms};
 use crate::wire::message::encode_data;
@@ -133,12 +135,18 @@ pub(crate) struct Shared {
     topic: Topic,
     out: Mutex<Out>,
     seen: Mutex<Seen>,
+    /// Set if the cluster keeps the room's messages.
+    reading: Mutex<Option<Reading>>,
 }
 
 /// This node's sequence on the topic.
 struct Out {
     epoch: u32,
     last: u64,
+    /// The number of the last message that was sent by the topic's log.
+    appended: u64,
+    /// How many had no place in the log's queue, and no entry says so yet.
+    unsent: u64,
     /// The version of this node's presence.
     version: u64,
     /// The ticks since the last message.
@@ -241,6 +249,7 @@ impl Node {
                 Some(Incoming::Message { topic, message }) => {
                     self.message(&directory, topic, &message);
                 }
+                Some(Incoming::Kept { topic, kept }) => self.kept(&directory, topic, kept),
                 Some(Incoming::Lost) => self.health.behind.store(true, Ordering::Relaxed),
                 Some(Incoming::Down) => self.lose_broker(),
                 Some(Incoming::Up) => {
@@ -297,10 +306,13 @@ impl Node {
             out: Mutex::new(Out {
                 epoch: self.epochs.fetch_add(1, Ordering::Relaxed),
                 last: 0,
+                appended: 0,
+                unsent: 0,
                 version: 0,
                 quiet: u8::MAX,
             }),
             seen: Mutex::default(),
+            reading: Mutex::default(),
         })
     }
 
@@ -717,6 +729,7 @@ impl Node {
             }
             let quiet = {
                 let mut out = lock(&shared.out);
+                self.tell_unsent(shared, &mut out);
                 out.quiet = out.quiet.saturating_add(1);
                 out.quiet
             };

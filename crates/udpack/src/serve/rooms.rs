@@ -85,7 +85,7 @@ pub(crate) struct Room {
 #[derive(Default)]
 pub(super) struct Sending {
     /// Set by the application; a room with a policy stays when it is empty.
-    policy: Option<Overflow>,
+    pub(super) policy: Option<Overflow>,
     pub(super) history: Option<Arc<Record>>,
     /// When the last send began.
     begun: Option<Instant>,
@@ -98,7 +98,7 @@ impl Sending {
     }
 
     /// Records the beginning of a send. Returns whether the room was idle before.
-    fn begin(&mut self) -> bool {
+    pub(super) fn begin(&mut self) -> bool {
         let now = Instant::now();
         let before = self.begun.replace(now);
         before.is_none_or(|before| now.duration_since(before) >= QUIET)
@@ -400,17 +400,18 @@ impl fmt::Debug for Member {
 /// The channels that a message is addressed to. Made by [`Rooms::to`] and similar methods.
 #[must_use = "nothing is sent until `send` is called"]
 pub struct Broadcast<'a> {
-    directory: Arc<Directory>,
-    room: Option<Arc<Room>>,
+    pub(super) directory: Arc<Directory>,
+    pub(super) room: Option<Arc<Room>>,
     /// In a cluster, the topic on which other nodes receive the message.
-    shared: Option<Arc<Shared>>,
-    except: Vec<&'a str>,
+    pub(super) shared: Option<Arc<Shared>>,
+    pub(super) except: Vec<&'a str>,
 }
 
 /// The outcome of one message to many members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sent {
-    /// How many members it was queued for.
+    /// How many members it was queued for. If the cluster keeps the room's messages: how many this node had then, who
+    /// get the message when it comes from the room's log.
     pub delivered: u64,
     /// How many messages were lost: this one, for members without room for it, and older ones that were dropped for it.
     pub dropped: u64,
@@ -464,6 +465,9 @@ impl<'a> Broadcast<'a> {
 
     /// Like [`send`](Self::send), with a message that is already encoded.
     pub fn send_encoded(self, message: &Encoded) -> Sent {
+        if let Some(sent) = self.append(message) {
+            return sent;
+        }
         let sent = match &self.room {
             Some(room) => self.directory.deliver(room, message.bytes(), &self.except),
             None => Sent::default(),
@@ -635,7 +639,7 @@ impl Channel {
                 return Err(JoinError::TooManyJoined(most));
             }
             let room = rooms.directory.room(&mut table, name)?;
-            guest.follow(&room, start);
+            guest.follow(&rooms.directory, &room, start);
             room.add(guest);
             joined.insert(room.tag.name.clone(), room.clone());
             room
@@ -698,7 +702,7 @@ impl Channel {
 }
 
 impl Directory {
-    pub(super) fn next(&self) -> u64 {
+    pub(crate) fn next(&self) -> u64 {
         self.next.fetch_add(2, Ordering::Relaxed)
     }
 
@@ -737,7 +741,8 @@ impl Directory {
             let mut sending = lock(&room.sending);
             (sending.policy, sending.history.clone(), sending.begin())
         };
-        if let Some(record) = &history {
+        // A copy has only what comes by the log; this comes from a node that does not keep the room's messages.
+        if let Some(record) = history.as_ref().filter(|record| !record.copy) {
             return room.deliver_kept(record, frame, except, (policy, idle));
         }
         let whom = |guest: &Guest| !except.contains(&&*guest.session_id);
@@ -794,6 +799,7 @@ impl Directory {
     /// Tells the room's members on this node that this many messages of other nodes are lost.
     pub(crate) fn missing(&self, room: &Room, lost: u64) {
         let history = lock(&room.sending).history.clone();
+        let history = history.filter(|record| !record.copy);
         if let Some(record) = &history {
             record.skip(lost);
         }

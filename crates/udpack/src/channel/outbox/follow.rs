@@ -67,10 +67,15 @@ pub(super) struct Stream {
     base: u64,
     /// Set if its position belonged to another history: it must be told so first.
     foreign: bool,
+    /// Set while its position is one that this node does not have yet: the question to the cluster whether it has come
+    /// that far. 0: not asked yet.
+    ahead: Option<u64>,
     /// Set if it must be told its position and the room's number.
     begins: bool,
     /// Set if the last messages were not for it and it does not know that its position is after them.
     skipped: bool,
+    /// The offset before which it was last told of messages without an offset.
+    told: Option<u64>,
     missing: Option<Loss>,
     /// Messages that were lost because it was too slow, not counted yet.
     dropped: u64,
@@ -97,12 +102,16 @@ impl Stream {
     fn new(record: Arc<Record>, follower: Follower) -> Self {
         let head = record.head();
         let before_first = || record.before_first();
-        let (cursor, foreign) = match follower.since {
-            Since::Now => (head, false),
-            Since::Oldest => (before_first(), false),
+        let (cursor, foreign, ahead) = match follower.since {
+            Since::Now => (head, false, None),
+            Since::Oldest => (before_first(), false, None),
             Since::Position(position) => match record.find(position) {
-                Some(offset) => (offset, false),
-                None => (before_first(), true),
+                Some(offset) => (offset, false, None),
+                // Another node was told of messages that are still on their way to this one.
+                None if record.copy && position.epoch == record.epoch => {
+                    (position.offset, false, Some(0))
+                }
+                None => (before_first(), true, None),
             },
         };
         Self {
@@ -111,8 +120,10 @@ impl Stream {
             cursor,
             base: head,
             foreign,
+            ahead,
             begins: true,
             skipped: false,
+            told: None,
             missing: None,
             dropped: 0,
             until: None,
@@ -160,8 +171,27 @@ impl Stream {
         self.until.unwrap_or_else(|| self.record.head())
     }
 
+    /// The cluster's log ends before its position: that belongs to another history.
+    fn is_beyond(&mut self) {
+        self.ahead = None;
+        self.foreign = true;
+        self.base = self.record.head();
+        self.cursor = self.record.before_first();
+    }
+
+    /// Whether it has to wait for what the cluster keeps.
+    fn waits(&mut self) -> bool {
+        if self.ahead.is_some() && self.record.head() >= self.cursor {
+            self.ahead = None;
+        }
+        self.record.is_pending() || self.ahead.is_some()
+    }
+
     /// What is sent to the member next.
     fn next(&mut self) -> Option<Next> {
+        if self.waits() {
+            return None;
+        }
         if std::mem::take(&mut self.foreign) {
             return Some(self.gap(1, self.cursor, Why::Epoch));
         }
@@ -177,14 +207,25 @@ impl Stream {
                     let to = to.min(end);
                     self.lose(to - self.cursor, to, Why::Gone);
                 }
-                Entry::Message(None) => {
+                Entry::Message { lost, .. } if lost > 0 && self.told != Some(self.cursor) => {
+                    if let Some(gap) = self.take_missing() {
+                        return Some(gap);
+                    }
+                    self.told = Some(self.cursor);
+                    return Some(self.gap_between(lost));
+                }
+                Entry::Message { frame: None, .. } => {
                     self.cursor += 1;
                     self.skipped = true;
                 }
-                Entry::Message(Some(frame)) if self.is_too_large(&frame) => {
+                Entry::Message {
+                    frame: Some(frame), ..
+                } if self.is_too_large(&frame) => {
                     self.lose(1, self.cursor + 1, Why::Slow);
                 }
-                Entry::Message(Some(frame)) => {
+                Entry::Message {
+                    frame: Some(frame), ..
+                } => {
                     if let Some(gap) = self.take_missing() {
                         return Some(gap);
                     }
@@ -228,6 +269,15 @@ impl Stream {
         })
     }
 
+    /// A `$gap` for messages that never got an offset.
+    fn gap_between(&self, lost: u64) -> Next {
+        Next::Protocol(control::encode(&Gap {
+            room: self.record.room.to_string(),
+            lost,
+            missing: None,
+        }))
+    }
+
     /// A `$room` with the cursor's position.
     fn place(&self) -> Next {
         let place = RoomAt {
@@ -244,21 +294,88 @@ impl Stream {
 }
 
 impl Outbox {
-    /// Begins to follow a room, or continues to.
-    pub(crate) fn follow(&self, record: &Arc<Record>, follower: Follower) {
+    /// Begins to follow a room, or continues to. Returns whether the member's position is one that this node does not
+    /// have yet.
+    pub(crate) fn follow(&self, record: &Arc<Record>, follower: Follower) -> bool {
         let mut state = lock(&self.state);
         if state.check_open().is_err() {
-            return;
+            return false;
         }
         match state.stream(record) {
-            Some(at) => state.rooms.streams[at].until = None,
+            Some(at) => {
+                state.rooms.streams[at].until = None;
+                false
+            }
             None => {
                 let mut stream = Stream::new(record.clone(), follower);
                 if let Some(last) = state.rooms.came_back(record.number) {
                     stream.pass_over(last);
                 }
+                let ahead = stream.ahead.is_some();
                 state.rooms.streams.push(stream);
+                ahead
             }
+        }
+    }
+
+    /// Goes on in another log of the room, which took the place of this one. Returns whether the member's position is
+    /// one that this node does not have yet.
+    pub(crate) fn follow_instead(&self, old: &Arc<Record>, new: &Arc<Record>) -> bool {
+        let mut state = lock(&self.state);
+        let Some(at) = state.stream(old).filter(|_| state.check_open().is_ok()) else {
+            return false;
+        };
+        let before = state.rooms.streams.remove(at);
+        if before.until.is_some() {
+            // The channel has left the room; nobody knows what it would have got.
+            return false;
+        }
+        let since = match old.is_pending() {
+            true => before.follower.since,
+            false => Since::Position(Position {
+                epoch: old.epoch,
+                offset: before.cursor,
+            }),
+        };
+        let follower = Follower {
+            since,
+            ..before.follower
+        };
+        let stream = Stream {
+            policy: before.policy,
+            dropped: before.dropped,
+            ..Stream::new(new.clone(), follower)
+        };
+        let ahead = stream.ahead.is_some();
+        state.rooms.streams.push(stream);
+        self.catch_up(&mut state);
+        ahead
+    }
+
+    /// The cluster is asked with this number how far its log goes.
+    pub(crate) fn asked(&self, record: &Arc<Record>, number: u64) {
+        let mut state = lock(&self.state);
+        if let Some(at) = state.stream(record)
+            && let Some(ahead) = &mut state.rooms.streams[at].ahead
+        {
+            *ahead = number;
+        }
+    }
+
+    /// The cluster has answered this question, and those with lower numbers: all that it keeps is in the log.
+    pub(crate) fn answered(&self, record: &Arc<Record>, number: u64) {
+        let mut state = lock(&self.state);
+        if let Some(at) = state.stream(record) {
+            let stream = &mut state.rooms.streams[at];
+            if stream.waits()
+                && stream
+                    .ahead
+                    .is_some_and(|asked| (1..=number).contains(&asked))
+            {
+                stream.is_beyond();
+            }
+            stream.behind = true;
+            self.catch_up(&mut state);
         }
     }
 
@@ -300,7 +417,7 @@ impl Outbox {
         if stream.cursor >= message.offset {
             return Push::Queued { lost: 0 };
         }
-        let in_step = stream.cursor + 1 == message.offset && !stream.behind;
+        let in_step = stream.cursor + 1 == message.offset && !stream.behind && !stream.begins;
         if in_step && excluded {
             stream.cursor = message.offset;
             stream.skipped = true;

@@ -164,6 +164,7 @@ impl World {
             3,
             History::default(),
             Archive::new(1 << 20),
+            false,
         );
         Self {
             outbox: Outbox::new(
