@@ -14,8 +14,8 @@ use raw::{Say, V, chunk, file, finish, map, with, without};
 use tempfile::TempDir;
 use udpack::{Channel, Client, Deny, Hello, Identity, Peer, Server, Socket};
 use udpack_transfer::{
-    CHANNEL, Downloader, ErrorKind, Event, JobsEvent, Kind, Remote, Store, StoreConfig,
-    TransferError, Wanted,
+    CHANNEL, Delta, Downloader, ErrorKind, Event, IfExists, JobsEvent, Kind, Remote, Store,
+    StoreConfig, TransferError, Wanted,
 };
 
 /// A server that says, on lanes, what it is told to.
@@ -238,6 +238,81 @@ async fn bytes_that_are_not_the_files_are_never_visible() {
             drop(download);
             let usage = store.usage();
             assert_eq!((usage.open, usage.reserved), (0, 0), "{what}: left open");
+        }
+    })
+    .await;
+}
+
+/// A list of so many chunks of this length.
+fn list_of(count: usize, len: u32) -> Vec<u8> {
+    [&len.to_be_bytes()[..], &[7; 16]].concat().repeat(count)
+}
+
+#[tokio::test]
+async fn a_list_of_chunks_that_cannot_be_is_asked_for_once_and_all_is_sent() {
+    bounded(async {
+        const SIZE: u64 = 300_000;
+        let lists: [(&str, u64, u64, Vec<u8>); 8] = [
+            ("more chunks than fit", SIZE, 10_000, list_of(10_000, 1)),
+            ("ends elsewhere", SIZE, SIZE, list_of(1, 8_192)),
+            ("ends beyond the file", SIZE, 303_104, list_of(37, 8_192)),
+            ("empty, with more", SIZE, 0, Vec::new()),
+            (
+                "within a chunk",
+                SIZE,
+                8_192,
+                list_of(1, 8_192)[..19].to_vec(),
+            ),
+            ("a chunk without bytes", SIZE, 0, list_of(1, 0)),
+            ("a long chunk", SIZE, 1 << 20, list_of(1, 1 << 20)),
+            ("of no file", 0, 8_192, list_of(1, 8_192)),
+        ];
+        for (what, size, end, list) in lists {
+            let asked = Arc::new(AtomicUsize::new(0));
+            let count = asked.clone();
+            let hostile = Hostile::new(
+                |id| {
+                    let bytes = noise(5, 300_000);
+                    let (first, second) = bytes.split_at(150_000);
+                    let chunks = [chunk(id, 0, first), chunk(id, 150_000, second)];
+                    let mut say = vec![file(id, "f", SIZE)];
+                    say.extend(chunks);
+                    say.push(finish(id, &bytes));
+                    say
+                },
+                move |event, _| {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    let told = map([
+                        ("size", size.into()),
+                        ("end", end.into()),
+                        ("chunks", (&list[..]).into()),
+                    ]);
+                    (event == "chunks").then_some(told)
+                },
+            )
+            .await;
+            let socket = hostile.connect().await;
+            let dir = tempfile::tempdir().expect("a temporary directory");
+            fs::write(dir.path().join("f"), noise(6, 300_000)).expect("write");
+            let downloader = Downloader::new(&socket, shared(&dir))
+                .if_exists(IfExists::Overwrite)
+                .delta(Delta::Always);
+            let mut download = downloader.get([Wanted {
+                remote: rel("f"),
+                local: rel("f"),
+                size: Some(SIZE),
+            }]);
+            let sent = loop {
+                match download.next().await {
+                    Some(Event::Done(outcome)) => break outcome.sent,
+                    Some(Event::Failed { error, .. }) => panic!("{what}: {error}"),
+                    Some(_) => {}
+                    None => panic!("{what}: no outcome"),
+                }
+            };
+            assert_eq!(sent, SIZE, "{what}");
+            assert!(fs::read(dir.path().join("f")).expect("it") == noise(5, 300_000));
+            assert_eq!(asked.load(Ordering::Relaxed), 1, "{what}: asked");
         }
     })
     .await;
