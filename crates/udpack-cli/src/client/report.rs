@@ -936,8 +936,9 @@ impl Report {
     /// Says that a file changed while it was read, and is stored all the same.
     fn torn(&mut self, source: &str) {
         self.living.torn += 1;
-        tracing::warn!(source, "changed while it was read");
-        if !self.json {
+        if self.json {
+            tracing::warn!(source, "changed while it was read");
+        } else {
             let source = output::printable(source);
             let text =
                 format!("warning: {source} changed while it was read: what is stored may be torn");
@@ -951,7 +952,7 @@ impl Report {
             return;
         };
         let (asked, got) = (utc(asked.secs), utc(got.secs));
-        tracing::warn!(path, asked, got, "the file system cannot hold the time");
+        tracing::debug!(path, asked, got, "the file system cannot hold the time");
         self.json(&Line::OtherTime {
             path,
             asked: &asked,
