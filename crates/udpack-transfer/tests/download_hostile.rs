@@ -9,7 +9,7 @@ use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{bounded, noise, rel};
+use common::{bounded, noise, rel, stores};
 use raw::{Say, V, chunk, file, finish, map, with, without};
 use tempfile::TempDir;
 use udpack::{Channel, Client, Deny, Hello, Identity, Peer, Server, Socket};
@@ -294,7 +294,8 @@ async fn a_list_of_chunks_that_cannot_be_is_asked_for_once_and_all_is_sent() {
             let socket = hostile.connect().await;
             let dir = tempfile::tempdir().expect("a temporary directory");
             fs::write(dir.path().join("f"), noise(6, 300_000)).expect("write");
-            let downloader = Downloader::new(&socket, shared(&dir))
+            let store = Store::open(dir.path(), stores()).expect("a store");
+            let downloader = Downloader::new(&socket, store)
                 .if_exists(IfExists::Overwrite)
                 .delta(Delta::Always);
             let mut download = downloader.get([Wanted {
