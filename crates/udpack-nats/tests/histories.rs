@@ -2,20 +2,23 @@
 //! broker begins anew.
 
 mod common;
+#[path = "../../udpack/tests/common/seen.rs"]
+mod seen;
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{Broker, bounded, reaches};
 use rustix::process::Signal;
+use seen::{ROOM, Seen, hear, next, say};
 use udpack::{
-    Channel, Client, ClusterState, Deny, Gap, Hello, History, Identity, Message, Missing, Peer,
-    RoomPosition, Server, Socket, Why,
+    Channel, Client, ClusterState, Deny, Hello, History, Identity, Peer, RoomPosition, Server,
+    Socket, Why,
 };
 use udpack_nats::{Nats, NatsError};
 
-const ROOM: &str = "hall";
 const MANY: u64 = 10_000;
 
 fn bounds() -> History {
@@ -34,7 +37,6 @@ async fn node(broker: &Broker, bounds: History) -> Server {
         .auth(|_: Hello| async { Ok::<_, Deny>(Peer::new("tester")) })
         .channel("chat", |channel: Channel| async move {
             channel.join(ROOM).expect("a sound room");
-            let _ = channel.send("joined", &()).await;
             while let Ok(Some(_)) = channel.recv().await {}
         })
         .cluster(nats);
@@ -54,42 +56,6 @@ async fn join(server: &Server, since: &[RoomPosition]) -> (Socket, Channel) {
     (socket, channel.expect("a channel"))
 }
 
-fn say(server: &Server, numbers: std::ops::Range<u64>) {
-    for number in numbers {
-        let sent = server.rooms().to(ROOM).send("n", &number);
-        sent.expect("a sound message");
-    }
-}
-
-#[derive(Debug, PartialEq, Eq, Clone)]
-enum Seen {
-    Number(u64),
-    Gap(u64, Option<Missing>),
-}
-
-fn see(message: &Message) -> Option<Seen> {
-    match message.gap() {
-        Some(Gap { lost, missing, .. }) => Some(Seen::Gap(lost, missing)),
-        None if message.event() == "joined" => None,
-        None => Some(Seen::Number(message.data().expect("a number"))),
-    }
-}
-
-async fn next(channel: &Channel) -> Seen {
-    loop {
-        let message = channel.recv().await.expect("alive").expect("a message");
-        if let Some(seen) = see(&message) {
-            return seen;
-        }
-    }
-}
-
-async fn hear(channel: &Channel, numbers: std::ops::Range<u64>) {
-    for number in numbers {
-        assert_eq!(next(channel).await, Seen::Number(number));
-    }
-}
-
 /// Waits until a server has read so many messages of the room.
 async fn read(server: &Server, count: u64) {
     let head = || server.rooms().position(ROOM).map(|at| at.offset);
@@ -105,6 +71,14 @@ async fn member(server: &Server) -> (Socket, Channel) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     (socket, channel)
+}
+
+/// How far a member of a node has come that heard these numbers of another node, or of the same, and left.
+async fn left(server: &Server, speaker: &Server, numbers: Range<u64>) -> Vec<RoomPosition> {
+    let (_socket, channel) = member(server).await;
+    say(speaker, numbers.clone());
+    hear(&channel, numbers).await;
+    channel.positions()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,11 +114,7 @@ async fn after_a_restart_of_everything_an_old_member_gets_what_it_missed() {
     };
     bounded(async {
         let (one, two) = (node(&broker, bounds()).await, node(&broker, bounds()).await);
-        let (socket, channel) = member(&one).await;
-        say(&two, 0..10);
-        hear(&channel, 0..10).await;
-        let at = channel.positions();
-        drop((socket, channel));
+        let at = left(&one, &two, 0..10).await;
         say(&one, 10..1000);
         read(&two, 1000).await;
         drop((one, two));
@@ -174,11 +144,7 @@ async fn what_is_beyond_the_bounds_is_a_gap_with_first_last_and_count() {
             ..bounds()
         };
         let one = node(&broker, few).await;
-        let (socket, channel) = member(&one).await;
-        say(&one, 0..1);
-        hear(&channel, 0..1).await;
-        let at = channel.positions();
-        drop((socket, channel));
+        let at = left(&one, &one, 0..1).await;
         say(&one, 1..3000);
         read(&one, 3000).await;
         let two = node(&broker, few).await;
@@ -324,11 +290,7 @@ async fn ten_thousand_missed_messages_come_from_a_node_that_began_anew() {
     };
     bounded(async {
         let one = node(&broker, bounds()).await;
-        let (socket, channel) = member(&one).await;
-        say(&one, 0..1);
-        hear(&channel, 0..1).await;
-        let at = channel.positions();
-        drop((socket, channel));
+        let at = left(&one, &one, 0..1).await;
         for part in 0..MANY / 1000 {
             say(&one, 1 + 1000 * part..1 + 1000 * (part + 1));
             read(&one, 1 + 1000 * (part + 1)).await;

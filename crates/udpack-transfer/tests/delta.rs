@@ -10,13 +10,13 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Fixture, bounded, drain, noise, readable, rel, stores, token, token_file};
+use common::{Fixture, bounded, drain, fetch, noise, readable, rel, stores, token, token_file};
 use raw::{RawLane, Say, V, chunk, finish, map, resumable, with};
 use serde::Deserialize;
 use udpack::Socket;
 use udpack_transfer::{
-    Accepted, Access, Answer, Delta, Downloader, Event, Hook, HookAccess, HookOffer, HookStored,
-    IfExists, Outcome, Receiver, ReceiverConfig, Source, Store, Uploader, Wanted,
+    Accepted, Access, Answer, Delta, Downloader, Hook, HookAccess, HookOffer, HookStored, IfExists,
+    Outcome, Receiver, ReceiverConfig, Source, Store, Uploader,
 };
 
 fn keep(fixture: &Fixture, path: &str, bytes: &[u8]) {
@@ -297,18 +297,7 @@ async fn get(socket: &Socket, store: &Store, path: &str, delta: Delta) -> Outcom
     let downloader = Downloader::new(socket, store.clone())
         .if_exists(IfExists::Overwrite)
         .delta(delta);
-    let mut download = downloader.get([Wanted {
-        remote: rel(path),
-        local: rel(path),
-        size: None,
-    }]);
-    loop {
-        match download.next().await.expect("an outcome") {
-            Event::Done(outcome) => return outcome,
-            Event::Failed { error, .. } => panic!("{error}"),
-            _ => {}
-        }
-    }
+    fetch(downloader, path).await.expect("it arrives")
 }
 
 #[tokio::test]

@@ -9,12 +9,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
-use common::{Fixture, bounded, drain, noise, readable, rel, stores};
+use common::{Fixture, bounded, drain, fetch, noise, readable, rel, stores};
 use raw::{RawLane, Say, V, chunk, file, finish, map, resumable, with};
 use udpack::{Channel, Client, Deny, Hello, Identity, Peer, Server, Socket};
 use udpack_transfer::{
-    CHANNEL, Delta, Downloader, Event, IfExists, Memory, Outcome, Receiver, Source, Store,
-    TransferError, Uploader, Wanted,
+    CHANNEL, Delta, Downloader, IfExists, Memory, Outcome, Receiver, Source, Store, TransferError,
+    Uploader,
 };
 
 const MIB: u64 = 1 << 20;
@@ -50,21 +50,8 @@ async fn put(socket: &Socket, source: Source, uploader: impl Fn(Uploader) -> Upl
     done.remove(0)
 }
 
-/// Downloads one file; its outcome, or why there is none.
 async fn get(socket: &Socket, store: &Store, path: &str) -> Result<Outcome, TransferError> {
-    let wanted = Wanted {
-        remote: rel(path),
-        local: rel(path),
-        size: None,
-    };
-    let mut download = Downloader::new(socket, store.clone()).get([wanted]);
-    loop {
-        match download.next().await.expect("an outcome") {
-            Event::Done(outcome) => return Ok(outcome),
-            Event::Failed { error, .. } => return Err(error),
-            _ => {}
-        }
-    }
+    fetch(Downloader::new(socket, store.clone()), path).await
 }
 
 #[tokio::test]

@@ -10,13 +10,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use common::{Fixture, bounded, drain, memory, readable, rel, stores};
+use common::{Fixture, bounded, drain, fetch, memory, readable, rel, stores};
 use raw::{RawLane, Say, V, dir, finish, map, put, resumable, with};
 use rustix::fs::{XattrFlags, fgetxattr, fgetxattr_query, fsetxattr};
 use udpack::{Client, Deny, Hello, Identity, Limits, Peer, Server, Socket};
 use udpack_transfer::{
     Downloader, IfExists, LostXattrs, Memory, Outcome, Receiver, Source, Store, StoreConfig,
-    Uploader, Walk, Wanted, Xattrs,
+    Uploader, Walk, Xattrs,
 };
 
 fn set(path: &Path, name: &str, value: &[u8]) {
@@ -47,23 +47,10 @@ async fn send(socket: &Socket, sources: Vec<Source>, which: Xattrs) -> Vec<Outco
     done
 }
 
-async fn fetch(socket: &Socket, store: &Store, path: &str, which: Xattrs) -> Outcome {
-    let wanted = Wanted {
-        remote: rel(path),
-        local: rel(path),
-        size: None,
-    };
-    let mut download = Downloader::new(socket, store.clone())
-        .preserve(true)
-        .xattrs(which)
-        .get([wanted]);
-    loop {
-        match download.next().await.expect("an outcome") {
-            udpack_transfer::Event::Done(outcome) => return outcome,
-            udpack_transfer::Event::Failed { error, .. } => panic!("{error}"),
-            _ => {}
-        }
-    }
+async fn get(socket: &Socket, store: &Store, path: &str, which: Xattrs) -> Outcome {
+    let downloader = Downloader::new(socket, store.clone()).preserve(true);
+    let fetched = fetch(downloader.xattrs(which), path).await;
+    fetched.expect("it arrives")
 }
 
 #[tokio::test]
@@ -93,7 +80,7 @@ async fn attributes_of_files_and_directories_go_there_and_back() {
         let at_server = fixture.root().join("tree");
         let store = Store::open(here.path().join("down"), taking(Xattrs::User)).expect("a store");
         for name in ["small", "large", "sealed"] {
-            let outcome = fetch(&socket, &store, &format!("tree/{name}"), Xattrs::User).await;
+            let outcome = get(&socket, &store, &format!("tree/{name}"), Xattrs::User).await;
             assert_eq!(outcome.lost_xattrs, LostXattrs::None);
             for side in [&at_server, &here.path().join("down/tree")] {
                 let path = side.join(name);
@@ -153,7 +140,7 @@ async fn a_server_that_takes_none_stores_the_file_and_says_so() {
 
         set(&fixture.root().join("f"), "user.secret", b"3");
         let store = Store::open(here.path().join("down"), taking(Xattrs::User)).expect("a store");
-        let outcome = fetch(&socket, &store, "f", Xattrs::User).await;
+        let outcome = get(&socket, &store, "f", Xattrs::User).await;
         assert_eq!(outcome.lost_xattrs, LostXattrs::Withheld);
         assert_eq!(value(&here.path().join("down/f"), "user.secret"), None);
 
@@ -161,7 +148,7 @@ async fn a_server_that_takes_none_stores_the_file_and_says_so() {
         let fixture = fixture.reopen(taking(Xattrs::User), readable()).await;
         let socket = fixture.connect().await;
         fs::remove_file(here.path().join("down/f")).expect("remove");
-        let outcome = fetch(&socket, &store, "f", Xattrs::All).await;
+        let outcome = get(&socket, &store, "f", Xattrs::All).await;
         assert_eq!(outcome.lost_xattrs, LostXattrs::Withheld);
 
         // A place that has no attributes at all.

@@ -2,6 +2,8 @@
 //! exactly what is gone.
 
 mod common;
+#[path = "common/seen.rs"]
+mod seen;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -9,14 +11,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{client, reconnect, server, timeouts};
+use seen::{ROOM, Seen, next as heard, see};
 use udpack::testing::Net;
 use udpack::{
-    Channel, Drain, Gap, History, Identity, Limits, Message, Missing, Overflow, Position,
-    RecvError, RoomPosition, Server, ServerBuilder, Socket, SocketState, Start, Subscription,
-    Timeouts, Why,
+    Channel, Drain, History, Identity, Limits, Missing, Overflow, Position, RecvError,
+    RoomPosition, Server, ServerBuilder, Socket, SocketState, Start, Subscription, Timeouts, Why,
 };
 
-const ROOM: &str = "hall";
 const MANY: u64 = 10_000;
 
 /// Nothing here takes longer than this, on the paused clock.
@@ -85,8 +86,7 @@ async fn subscribe(socket: &Socket) -> Subscription {
 
 /// Sends this number to the room.
 fn say(server: &Server, number: u64) {
-    let sent = server.rooms().to(ROOM).send("n", &number);
-    sent.expect("a sound message");
+    seen::say(server, number..number + 1);
 }
 
 /// Waits until somebody, or nobody, is in the room.
@@ -96,32 +96,8 @@ async fn members(server: &Server, count: usize) {
     }
 }
 
-#[derive(Debug, PartialEq, Eq, Clone)]
-enum Seen {
-    Number(u64),
-    Gap(u64, Option<Missing>),
-}
-
-fn see(message: &Message) -> Seen {
-    match message.gap() {
-        Some(Gap {
-            room,
-            lost,
-            missing,
-        }) => {
-            assert_eq!(room, ROOM);
-            Seen::Gap(lost, missing)
-        }
-        None => Seen::Number(message.data().expect("a number")),
-    }
-}
-
 async fn next(member: &mut Subscription) -> Seen {
     see(&member.recv().await.expect("alive").expect("a message"))
-}
-
-async fn heard(channel: &Channel) -> Seen {
-    see(&channel.recv().await.expect("alive").expect("a message"))
 }
 
 /// Everything up to the number `last`.

@@ -2,17 +2,16 @@
 //! on each node, also after all of them have begun anew.
 
 mod common;
+#[path = "common/seen.rs"]
+mod seen;
 
 use std::time::Duration;
 
 use common::bounded;
+use seen::{ROOM, Seen, hear, next, say};
 use udpack::cluster::{Memory, MemoryLink};
 use udpack::testing::{self, Net};
-use udpack::{
-    Channel, ClusterState, Gap, History, Message, Missing, RoomPosition, Server, Socket, Why,
-};
-
-const ROOM: &str = "hall";
+use udpack::{Channel, ClusterState, History, RoomPosition, Server, Socket, Why};
 
 fn bounds() -> History {
     History {
@@ -55,36 +54,6 @@ async fn join(net: &Net, server: &Server, since: &[RoomPosition]) -> (Socket, Ch
     let here = || server.rooms().members(ROOM);
     until(|| here().iter().any(|member| **member.session() == *id)).await;
     (socket, channel.expect("a channel"))
-}
-
-fn say(server: &Server, numbers: std::ops::Range<u64>) {
-    for number in numbers {
-        let sent = server.rooms().to(ROOM).send("n", &number);
-        sent.expect("a sound message");
-    }
-}
-
-#[derive(Debug, PartialEq, Eq, Clone)]
-enum Seen {
-    Number(u64),
-    Gap(u64, Option<Missing>),
-}
-
-fn see(message: &Message) -> Seen {
-    match message.gap() {
-        Some(Gap { lost, missing, .. }) => Seen::Gap(lost, missing),
-        None => Seen::Number(message.data().expect("a number")),
-    }
-}
-
-async fn next(channel: &Channel) -> Seen {
-    see(&channel.recv().await.expect("alive").expect("a message"))
-}
-
-async fn hear(channel: &Channel, numbers: std::ops::Range<u64>) {
-    for number in numbers {
-        assert_eq!(next(channel).await, Seen::Number(number));
-    }
 }
 
 fn head(server: &Server) -> u64 {

@@ -11,8 +11,8 @@ use udpack::{
     Socket, TokenFile,
 };
 use udpack_transfer::{
-    Event, Outcome, Overwrite, Receiver, ReceiverConfig, RelPath, Scope, Source, Store,
-    StoreConfig, StoreError, Upload,
+    Downloader, Event, Outcome, Overwrite, Receiver, ReceiverConfig, RelPath, Scope, Source, Store,
+    StoreConfig, StoreError, TransferError, Upload, Wanted,
 };
 
 /// The token that the test server accepts.
@@ -247,9 +247,28 @@ pub(crate) fn memory(path: &str, bytes: Vec<u8>) -> Source {
 }
 
 /// Runs an upload to its end: what arrived, and what failed.
-pub(crate) async fn drain(
-    mut upload: Upload,
-) -> (Vec<Outcome>, Vec<(String, udpack_transfer::TransferError)>) {
+/// One file, wanted under the name that it has at the server.
+pub(crate) fn wanted(path: &str) -> Wanted {
+    Wanted {
+        remote: rel(path),
+        local: rel(path),
+        size: None,
+    }
+}
+
+/// Downloads one file; its outcome, or why there is none.
+pub(crate) async fn fetch(downloader: Downloader, path: &str) -> Result<Outcome, TransferError> {
+    let mut download = downloader.get([wanted(path)]);
+    loop {
+        match download.next().await.expect("an outcome") {
+            Event::Done(outcome) => return Ok(outcome),
+            Event::Failed { error, .. } => return Err(error),
+            _ => {}
+        }
+    }
+}
+
+pub(crate) async fn drain(mut upload: Upload) -> (Vec<Outcome>, Vec<(String, TransferError)>) {
     let (mut done, mut failed) = (Vec::new(), Vec::new());
     let mut last = 0;
     while let Some(event) = upload.next().await {
