@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -121,32 +121,22 @@ fn note(path: &Path, server: &str, over_tcp: bool, now: u64) -> io::Result<()> {
         }
         known.insert(server.to_owned(), now);
     }
-    replace(path, &known)
+    replace(path, dir, &known)
 }
 
-/// Writes the whole file beside the old one and puts it in its place.
-fn replace(path: &Path, known: &BTreeMap<String, u64>) -> io::Result<()> {
-    let beside = path.with_extension(format!("{}.new", std::process::id()));
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)?;
-    let lines: String = known
-        .iter()
-        .map(|(server, at)| format!("{server} {at}\n"))
-        .collect();
-    let put = file
-        .write_all(lines.as_bytes())
-        .and_then(|()| fs::rename(&beside, path));
-    if put.is_err() {
-        let _ = fs::remove_file(&beside);
+/// Writes the whole file beside the old one, for its owner alone, and puts it in its place.
+fn replace(path: &Path, dir: &Path, known: &BTreeMap<String, u64>) -> io::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    for (server, at) in known {
+        writeln!(file, "{server} {at}")?;
     }
-    put
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
